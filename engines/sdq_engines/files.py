@@ -1,0 +1,118 @@
+"""Files that are either whole or absent: one atomic writer, one hash, one claim on an output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from sdq_engines.errors import SdqError
+
+__all__ = [
+    "FolderKind",
+    "atomic_write",
+    "atomic_write_bytes",
+    "atomic_write_json",
+    "atomic_write_text",
+    "claim_output",
+    "folder_kind",
+    "sha256_file",
+]
+
+FolderKind = Literal["run", "package", "demo"]
+
+#: The file that makes a folder ours, and the value of its "kind" field.
+MARKERS: dict[FolderKind, tuple[str, str]] = {
+    "run": ("run.json", "sdq-run"),
+    "package": ("manifest.json", "sdq-package"),
+    "demo": ("demo.json", "sdq-demo"),
+}
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, flush it to disk and rename it to `path`.
+
+    The temporary file is in the same folder, so the rename is atomic (`os.replace`, on Windows too) and a full disk
+    is noticed before anything is replaced. If the block raises, the temporary file is removed and `path` is as it was.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        # Windows flushes only a handle that is open for writing.
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8 with Unix line ends, whole or not at all."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256_file(path: str | Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """The file's SHA-256 in hexadecimal, read in blocks of 1 MiB; `on_bytes` hears the size of each block."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+    return digest.hexdigest()
+
+
+def folder_kind(folder: str | Path) -> FolderKind | None:
+    """Which of our folders this is by its marker file; None if it is none of them."""
+    for kind, (name, value) in MARKERS.items():
+        try:
+            content = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and content.get("kind") == value:
+            return kind
+    return None
+
+
+def claim_output(folder: str | Path, kind: FolderKind) -> Path:
+    """Make `folder` if need be and check that it may be written: it is new, empty, or already one of ours of this kind.
+
+    Raises:
+        SdqError: the path is a file, the folder holds something else, or it cannot be written.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise SdqError(f"The output {path} is a file, a folder is wanted.", "Give another --out.")
+    if path.is_dir() and any(path.iterdir()) and folder_kind(path) != kind:
+        raise SdqError(
+            f"The output folder {path} exists and was not made by sdq-deploy as a {kind}; nothing was written.",
+            "Give a new folder with --out, or empty this one yourself.",
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable.{uuid.uuid4().hex[:8]}.tmp"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise SdqError(f"The output folder {path} cannot be written: {error.strerror or error}.") from error
+    return path

@@ -1,0 +1,1 @@
+"""The shippable folder: its layout, its manifest, and the checks before anything in it is parsed."""

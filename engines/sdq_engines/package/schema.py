@@ -1,0 +1,153 @@
+"""The manifest: what a package says about itself (docs/package-format.md)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "EngineEntry",
+    "FileEntry",
+    "KernelCounts",
+    "Manifest",
+    "ModelIO",
+    "Precision",
+    "SamplerInfo",
+    "ShapeProfile",
+    "SourceInfo",
+    "TextInfo",
+]
+
+#: Raised when a reader of the previous version would misread the package.
+SCHEMA_VERSION = 1
+
+Precision = Literal["fp32", "fp16", "w8a8", "w4a8", "w4a16"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class FileEntry(_Strict):
+    """One file of the package: its size in bytes and its SHA-256 in hexadecimal."""
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ModelIO(_Strict):
+    """Shapes that the runtime needs before it opens a graph."""
+
+    latent_shape: tuple[int, int, int]
+    """(channels, height, width) of one image's latents."""
+    image_size: tuple[int, int]
+    """(height, width) in pixels."""
+    prologue_outputs: list[str]
+    """Names of the prologue's outputs, which are inputs of the denoiser under the same names."""
+
+
+class TextInfo(_Strict):
+    """How a prompt becomes token ids."""
+
+    tokenizer: str
+    """Path of tokenizer.json, relative to the package."""
+    max_length: int = Field(gt=0)
+    """Tokens a prompt is padded or cut to, begin and end marks included."""
+    pad_token_id: int
+    bos_token_id: int
+    eos_token_id: int
+
+
+class SamplerInfo(_Strict):
+    """The sampler compiled into the denoiser graph; its numbers are in sampler.safetensors."""
+
+    scheduler: str
+    """Class name in diffusers, e.g. DDIMScheduler."""
+    config: dict[str, Any]
+    prediction_type: str
+    num_inference_steps: int = Field(gt=0)
+    num_calls: int = Field(gt=0)
+    """T: model calls in one full run (PNDM makes one more than its steps)."""
+    history: int = Field(ge=0)
+    """H: state slots beside the latents."""
+    stochastic: bool
+    """Whether each step takes fresh noise."""
+    guidance_scale: float
+    """The default when the caller names none."""
+
+
+class SourceInfo(_Strict):
+    """The checkpoint that this package was made from."""
+
+    model: str
+    revision: str | None
+    sha256: str
+    """Of the denoiser's weights file(s)."""
+    license: str
+    """Its identifier or first line, as the source states it; "unknown" where it states none."""
+    changes: str
+    """What was changed, in a sentence, as most model licences ask."""
+
+
+class ShapeProfile(_Strict):
+    """Images per call for which an engine is built."""
+
+    batch_min: int = Field(default=1, ge=1)
+    batch_opt: int = Field(default=1, ge=1)
+    batch_max: int = Field(default=4, ge=1)
+
+
+class KernelCounts(_Strict):
+    """What the compiled denoiser computes with, read from the builder or the compiled model, not from the request."""
+
+    quantized_layers: int
+    """Layers of the canonical graph that are quantized."""
+    int8: int
+    """Those whose kernel takes INT8 x INT8."""
+    int4: int
+    """Those whose kernel takes INT4 weights."""
+    fallback: list[str]
+    """Names of the quantized layers that run in floating point instead."""
+
+
+class EngineEntry(_Strict):
+    """One backend's compiled form of the package."""
+
+    backend: str
+    version: str
+    """Of the backend's library."""
+    target: str
+    """What it was built for: a GPU architecture such as "sm_89", "any RTX GPU", or a CPU instruction set."""
+    profile: ShapeProfile
+    components: dict[str, str]
+    """Component -> file that the backend loads, relative to the package."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    kernels: KernelCounts | None = None
+    build_seconds: float
+    peak_memory_bytes: int
+    bytes_on_disk: int
+
+
+class Manifest(_Strict):
+    """manifest.json: written last, so that a package with a manifest is whole."""
+
+    kind: Literal["sdq-package"] = "sdq-package"
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    family: str
+    precision: Precision
+    io: ModelIO
+    text: list[TextInfo]
+    sampler: SamplerInfo
+    source: SourceInfo
+    components: dict[str, str]
+    """Component -> canonical ONNX file, relative to the package."""
+    tools: dict[str, str]
+    """Package -> version that wrote this one."""
+    files: dict[str, FileEntry]
+    """Every file but the manifest itself, by POSIX path relative to the package."""
+    engines: dict[str, EngineEntry] = Field(default_factory=dict)
+    fidelity: dict[str, Any] = Field(default_factory=dict)
+    """Measured figures: parity per criterion and step, and whatever an evaluation added."""
