@@ -1,0 +1,169 @@
+"""The quantized checkpoint: what training leaves behind and export reads. A folder with two files.
+
+denoiser.safetensors   integer weights (int8, also for 4 bits), FP32 scales, and every parameter that is not quantized
+quant.json             the QuantSpec, the sampler it was trained for, and the source checkpoint it belongs to
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdq_engines.errors import SdqError
+from sdq_engines.files import atomic_write, atomic_write_text
+from sdq_export.quantspec import QuantSpec, WeightSite, grid_limits
+
+__all__ = [
+    "CHECKPOINT_FOLDER",
+    "CheckpointInfo",
+    "QuantizedCheckpoint",
+    "SamplerSettings",
+    "SourceRef",
+    "dequantize_weight",
+    "load_checkpoint",
+    "quantize_weight",
+    "save_checkpoint",
+    "scale_key",
+    "weight_key",
+    "weight_scale_key",
+]
+
+#: Where a run keeps its quantized checkpoint.
+CHECKPOINT_FOLDER = "checkpoint"
+_TENSORS, _SPEC = "denoiser.safetensors", "quant.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceRef(_Strict):
+    """The checkpoint that was quantized: a local path or hub id, and the hash of its denoiser's weights."""
+
+    model: str
+    revision: str | None = None
+    sha256: str
+
+
+class SamplerSettings(_Strict):
+    """The sampler that the steps of the QuantSpec belong to: the class, config and steps of a diffusers scheduler."""
+
+    scheduler: str
+    config: dict[str, Any]
+    num_inference_steps: int
+    guidance_scale: float
+
+
+class CheckpointInfo(_Strict):
+    """Everything in quant.json."""
+
+    kind: str = "sdq-checkpoint"
+    spec: QuantSpec
+    sampler: SamplerSettings
+    source: SourceRef
+    notes: dict[str, Any] = Field(default_factory=dict)
+    """What training measured: recipe, trajectory error at the start and at the best state, times."""
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A loaded checkpoint; `tensors` are keyed as `weight_key`, `weight_scale_key`, `scale_key` and UNet names say."""
+
+    info: CheckpointInfo
+    tensors: dict[str, Tensor]
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The sites."""
+        return self.info.spec
+
+
+def weight_key(layer: str) -> str:
+    """Key of a layer's integer weight, int8 in the torch weight's shape."""
+    return f"{layer}.weight"
+
+
+def weight_scale_key(layer: str) -> str:
+    """Key of a layer's weight scales, FP32 [C_out] or [C_out, blocks]."""
+    return f"{layer}.weight_scale"
+
+
+def scale_key(site_name: str) -> str:
+    """Key of an activation site's scales, FP32 [G]."""
+    return f"{site_name}.scale"
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
+    """Integers of `weight` on the site's grid, int8 in the weight's shape (docs/quantization.md, "The grid")."""
+    low, high = grid_limits(site.bits)
+    return torch.clamp(torch.round(weight.float() / _spread(scale, weight, site)), low, high).to(torch.int8)
+
+
+def dequantize_weight(integers: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
+    """FP32 weight that the integers stand for, in their shape."""
+    return integers.float() * _spread(scale, integers, site)
+
+
+def _spread(scale: Tensor, weight: Tensor, site: WeightSite) -> Tensor:
+    """The scales [C_out] or [C_out, blocks] in a shape that broadcasts over the weight."""
+    if site.block_size is not None:
+        return scale.float().repeat_interleave(site.block_size, dim=1)
+    return scale.float().reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def save_checkpoint(folder: str | Path, info: CheckpointInfo, tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint; quant.json comes last, so that a folder that has it is whole.
+
+    Raises:
+        ValueError: a site's tensors are missing or not of the wanted dtype.
+    """
+    _check_tensors(info.spec, tensors)
+    path = Path(folder)
+    (path / _SPEC).unlink(missing_ok=True)
+    with atomic_write(path / _TENSORS) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    atomic_write_text(path / _SPEC, info.model_dump_json(indent=1))
+
+
+def load_checkpoint(folder: str | Path) -> QuantizedCheckpoint:
+    """Read a quantized checkpoint, from its own folder or from the run folder around it.
+
+    Raises:
+        SdqError: there is none, or it is damaged.
+    """
+    path = Path(folder)
+    if (path / CHECKPOINT_FOLDER / _SPEC).is_file():
+        path = path / CHECKPOINT_FOLDER
+    if not (path / _SPEC).is_file():
+        raise SdqError(
+            f"{folder} holds no finished quantized checkpoint.", "Finish it with: sdq-deploy train … --resume"
+        )
+    try:
+        info = CheckpointInfo.model_validate_json((path / _SPEC).read_text(encoding="utf-8"))
+        tensors = load_file(path / _TENSORS)
+        _check_tensors(info.spec, tensors)
+    except (OSError, ValidationError, SafetensorError, ValueError) as error:
+        raise SdqError(f"The quantized checkpoint in {path} is damaged: {error}", "Train it again.") from error
+    return QuantizedCheckpoint(info=info, tensors=tensors)
+
+
+def _check_tensors(spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
+    wanted = {weight_key(site.layer): torch.int8 for site in spec.weights}
+    wanted |= {weight_scale_key(site.layer): torch.float32 for site in spec.weights}
+    wanted |= {scale_key(site.name): torch.float32 for site in spec.activations}
+    for name, dtype in wanted.items():
+        if name not in tensors:
+            raise ValueError(f"the tensor {name} is missing")
+        if tensors[name].dtype != dtype:
+            raise ValueError(f"the tensor {name} is {tensors[name].dtype}, {dtype} is wanted")
+    for site in spec.activations:
+        if tensors[scale_key(site.name)].shape != (site.num_groups,):
+            raise ValueError(f"{scale_key(site.name)} must have shape ({site.num_groups},)")

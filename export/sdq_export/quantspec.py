@@ -1,0 +1,102 @@
+"""QuantSpec: which tensors are quantized, to how many bits, sharing which scales. Training and export agree by it.
+
+A *site* is one quantized tensor: a weight, or an activation whose consumers share its parameters. Quantization is
+symmetric without zero points (docs/quantization.md, "The grid"):
+
+    x_hat = s * clip(round(x / s), -2^(b-1), 2^(b-1) - 1)        round half to even
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["ActivationSite", "OpKind", "QuantSpec", "QuantizedPrecision", "WeightSite", "grid_limits"]
+
+OpKind = Literal["conv", "linear"]
+QuantizedPrecision = Literal["w8a8", "w4a8", "w4a16"]
+
+
+def grid_limits(bits: int) -> tuple[int, int]:
+    """The least and the greatest integer of the symmetric grid of `bits` bits: (-2^(b-1), 2^(b-1) - 1)."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightSite(_Frozen):
+    """One quantized weight. Its integers are the tensor `<layer>.weight`, its scales `<layer>.weight_scale`.
+
+    Scales are FP32, [C_out] per output channel, or [C_out, C_in / block_size] in blocks along a Linear's input.
+    """
+
+    layer: str
+    """Module path in the denoiser, e.g. `mid_block.resnets.0.conv1`."""
+    op: OpKind
+    bits: Literal[4, 8]
+    axis: Literal[0] = 0
+    """The channel axis of the torch weight: output channels, for Conv2d and Linear alike."""
+    block_size: int | None = Field(default=None, ge=16)
+
+
+class ActivationSite(_Frozen):
+    """One quantized activation: the tensor that its consumers read. Its scales are `<name>.scale`, FP32 [G]."""
+
+    name: str
+    """`<first consumer>.input`."""
+    consumers: tuple[str, ...] = Field(min_length=1)
+    bits: Literal[8] = 8
+    groups: tuple[int, ...]
+    """Step -> scale group; consecutive steps share a group, numbered from 0 without gaps."""
+
+    @property
+    def num_groups(self) -> int:
+        """G, the number of scales."""
+        return self.groups[-1] + 1
+
+    @model_validator(mode="after")
+    def _consecutive(self) -> ActivationSite:
+        if self.groups[0] != 0 or any(b - a not in (0, 1) for a, b in zip(self.groups, self.groups[1:], strict=False)):
+            raise ValueError(f"the groups of {self.name} must start at 0 and rise by 0 or 1 a step: {self.groups}")
+        return self
+
+
+class QuantSpec(_Frozen):
+    """Every site of a quantized denoiser."""
+
+    version: Literal[1] = 1
+    precision: QuantizedPrecision
+    num_steps: int = Field(gt=0)
+    """T, the number of model calls in one full run."""
+    weights: tuple[WeightSite, ...]
+    activations: tuple[ActivationSite, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantSpec:
+        layers = Counter(site.layer for site in self.weights)
+        consumers = Counter(layer for site in self.activations for layer in site.consumers)
+        problems = [f"{layer} has {count} weight sites" for layer, count in layers.items() if count > 1]
+        problems += [f"{layer} reads {count} activation sites" for layer, count in consumers.items() if count > 1]
+        problems += [f"{layer} has an activation site but no weight site" for layer in consumers if layer not in layers]
+        problems += [
+            f"{site.name} has groups for {len(site.groups)} steps, {self.num_steps} are wanted"
+            for site in self.activations
+            if len(site.groups) != self.num_steps
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def weight_sites(self) -> dict[str, WeightSite]:
+        """Weight sites by layer."""
+        return {site.layer: site for site in self.weights}
+
+    @property
+    def activation_of(self) -> dict[str, ActivationSite]:
+        """The activation site that each layer reads; layers without one are absent (w4a16's Linear)."""
+        return {layer: site for site in self.activations for layer in site.consumers}

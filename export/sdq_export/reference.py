@@ -1,0 +1,90 @@
+"""The reference: a fake-quantized denoiser in pure torch, built from a quantized checkpoint alone.
+
+Export checks its graphs against it and evaluation compares with it. Nothing of ModelOpt is in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdq_export.checkpoint import dequantize_weight, scale_key, weight_key, weight_scale_key
+from sdq_export.quantspec import ActivationSite, QuantSpec, grid_limits
+from sdq_export.stepping import StepDenoiser, StepState
+
+__all__ = ["ActivationQuantizer", "build_reference", "fake_quantize"]
+
+
+def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """s * clip(round(x / s), -2^(b-1), 2^(b-1) - 1), round half to even, in FP32 (docs/quantization.md, "The grid").
+
+    Args:
+        x: any shape.
+        scale: broadcasts over x, positive.
+        bits: b.
+    """
+    low, high = grid_limits(bits)
+    return torch.clamp(torch.round(x.float() / scale), low, high) * scale
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake quantization of one activation site, by the scale of each sample's step.
+
+    Args:
+        site: bits and the step's group.
+        scale: FP32 [G].
+        state: holds the batch's steps.
+    """
+
+    per_step: Tensor
+
+    def __init__(self, site: ActivationSite, scale: Tensor, state: StepState) -> None:
+        super().__init__()
+        self.bits, self.state, self.enabled = site.bits, state, True
+        self.register_buffer("per_step", scale.float()[torch.tensor(site.groups)], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_hat, in the shape and dtype of x [B, ...]."""
+        if not self.enabled:
+            return x
+        scale = self.per_step[self.state.steps].reshape(-1, *[1] * (x.ndim - 1))
+        return fake_quantize(x, scale, self.bits).to(x.dtype)
+
+
+def build_reference(unet: nn.Module, spec: QuantSpec, tensors: Mapping[str, Tensor], timesteps: Tensor) -> StepDenoiser:
+    """Build the fake-quantized denoiser of a checkpoint.
+
+    Args:
+        unet: the source's UNet; it is copied, not changed.
+        spec: the sites.
+        tensors: the checkpoint's, keyed as sdq_export.checkpoint says.
+        timesteps: [T], the timestep of each step.
+
+    Returns:
+        A StepDenoiser in eval mode. Its activation quantizers are `denoiser.quantizers[site name]`.
+    """
+    denoiser = StepDenoiser(copy.deepcopy(unet), timesteps)
+    model: Any = denoiser.unet
+    weights = spec.weight_sites
+    derived = {weight_key(layer) for layer in weights}
+    derived |= {weight_scale_key(layer) for layer in weights} | {scale_key(site.name) for site in spec.activations}
+    kept = {name: tensor for name, tensor in tensors.items() if name not in derived}
+    known = model.state_dict().keys()
+    model.load_state_dict({name: tensor for name, tensor in kept.items() if name in known}, strict=False)
+    with torch.no_grad():
+        for layer, site in weights.items():
+            module = model.get_submodule(layer)
+            module.weight.copy_(dequantize_weight(tensors[weight_key(layer)], tensors[weight_scale_key(layer)], site))
+    quantizers: dict[str, ActivationQuantizer] = {}
+    for activation in spec.activations:
+        quantizer = ActivationQuantizer(activation, tensors[scale_key(activation.name)], denoiser.state)
+        quantizers[activation.name] = quantizer
+        for layer in activation.consumers:
+            model.get_submodule(layer).register_forward_pre_hook(lambda _, args, q=quantizer: (q(args[0]), *args[1:]))
+    # A plain dict: as submodules the quantizers would change the denoiser's own names.
+    object.__setattr__(denoiser, "quantizers", quantizers)
+    return denoiser.eval().requires_grad_(False)
