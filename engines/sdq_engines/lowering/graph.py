@@ -1,0 +1,87 @@
+"""What several passes ask of a graph: constants, quantized layers, the way back from an operator to its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from sdq_engines.errors import SdqError
+
+__all__ = [
+    "LAYER_KEY",
+    "PRECISION_KEY",
+    "QuantizedLayer",
+    "apply",
+    "array_of",
+    "load_graph",
+    "quantized_layers",
+    "replace_constant",
+]
+
+#: Metadata of a quantized operator: its layer's path, and w8a8, w4a8 or w4a16.
+LAYER_KEY = "sdq.layer"
+PRECISION_KEY = "sdq.precision"
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One quantized Conv, Gemm or MatMul of the canonical graph."""
+
+    name: str
+    precision: str
+    node: ir.Node
+
+    @property
+    def weight_dequantize(self) -> ir.Node | None:
+        """The DequantizeLinear that makes the weight (the operator's second input); None where there is none."""
+        value = self.node.inputs[1] if len(self.node.inputs) > 1 else None
+        while value is not None and (producer := value.producer()) is not None:
+            if producer.op_type == "DequantizeLinear":
+                integers = producer.inputs[0]
+                return producer if integers is not None and integers.is_initializer() else None
+            if producer.op_type not in ("Transpose", "Reshape", "Cast"):
+                return None
+            value = producer.inputs[0]
+        return None
+
+
+def load_graph(path: Path) -> ir.Model:
+    """Read an ONNX file; its external weights stay on disk until a pass asks for them."""
+    try:
+        return ir.load(path)
+    except Exception as error:
+        raise SdqError(f"{path} is not a readable ONNX graph: {error}.", "Export the package again.") from error
+
+
+def quantized_layers(model: ir.Model) -> Iterator[QuantizedLayer]:
+    """The quantized layers of a canonical graph, in graph order, by the metadata that the export left on them."""
+    for node in model.graph:
+        name = node.metadata_props.get(LAYER_KEY)
+        if name is not None:
+            yield QuantizedLayer(name, node.metadata_props.get(PRECISION_KEY, ""), node)
+
+
+def array_of(value: ir.Value | None) -> np.ndarray | None:
+    """The constant's array, or None if `value` is not a constant."""
+    if value is None or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def replace_constant(value: ir.Value, array: np.ndarray) -> None:
+    """Give an initializer a new array; its type and shape follow."""
+    tensor = ir.tensor(array, name=value.name)
+    value.const_value = tensor
+    value.type = ir.TensorType(tensor.dtype)
+    value.shape = tensor.shape
+
+
+def apply(model: ir.Model, passes: list[ir.passes.PassBase]) -> ir.Model:
+    """Run the passes in order; each one's `requires` and `ensures` are checked."""
+    for item in passes:
+        model = item(model).model
+    return model
