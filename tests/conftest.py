@@ -15,7 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a complete Stable Diffusion checkpoint of some 200,000 random parameters (8x8 latents, 64x64 pixels)."""
+    """Folder of a complete Stable Diffusion checkpoint with few, random parameters: 8x8 latents, 64x64 pixels."""
     from tests.tiny import write_tiny_sd
 
     return write_tiny_sd(tmp_path_factory.mktemp("tiny_sd"))

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion checkpoint with seeded random weights. Random normalizations too: ones and zeros hide errors."""
+"""A tiny Stable Diffusion checkpoint of seeded random weights, normalizations too: ones and zeros hide errors."""
 
 from __future__ import annotations
 

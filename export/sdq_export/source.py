@@ -119,7 +119,7 @@ def load_source(model: str | Path, revision: str | None = None) -> Source:
     if not (folder / "model_index.json").is_file():
         raise SdqError(
             f"{model} is not a diffusers folder: it has no model_index.json.",
-            "Turn a single-file checkpoint into one: StableDiffusionPipeline.from_single_file(...).save_pretrained(...).",
+            "diffusers makes one of a single file: StableDiffusionPipeline.from_single_file(...).save_pretrained(...).",
         )
     try:
         source = Source(folder.resolve(), str(model), revision)

@@ -1,0 +1,106 @@
+"""`sdq-deploy`: the app, and the one place where an error becomes a sentence and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from sdq_deploy.cli import demo, export, packages, train
+from sdq_deploy.cli.shared import status_console
+from sdq_engines.errors import SdqError
+
+__all__ = ["app", "run"]
+
+_EPILOG = "Start with: sdq-deploy demo. Then: train → export → run. Documentation: docs/ in the repository."
+
+app = typer.Typer(
+    name="sdq-deploy",
+    help="Quantize Stable Diffusion, export it, and ship it as a package whose fidelity is measured.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for group in (train, export, packages, demo):
+    group.register(app)
+
+#: Errors of the operating system that are the user's to mend, and what to say about them.
+_OS_ERRORS = {
+    errno.ENOSPC: "The disk is full",
+    errno.EDQUOT: "The disk quota is used up",
+    errno.EROFS: "The output is on a read-only file system",
+    errno.EACCES: "Permission denied",
+    errno.EPERM: "Operation not permitted",
+    errno.EFBIG: "The file grew past the limit that is set here",
+}
+
+#: What a wrong call raises. Typer brings its own copy of click since 0.20 and shares click's before: take what it uses.
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+#: How a full disk reads in the message of a native library that hides the code.
+_FULL_DISK = "no space left on device"
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from sdq_deploy import __version__
+
+        typer.echo(f"sdq-deploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _complain(message: str, hint: str = "") -> None:
+    status_console.print("[bold red]error:[/] ", end="")
+    status_console.print(message, markup=False, soft_wrap=True)
+    if hint:
+        status_console.print(hint, markup=False, soft_wrap=True)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script. Exits 0, 1 for an error, 2 for a wrong call, 130 for Ctrl-C."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Abort as abort:
+        # The parser turns Ctrl-C into Abort; what the command had to say about it is in the cause.
+        _interrupted(str(abort.__cause__ or ""))
+    except _UsageError as error:
+        error.show()
+        sys.exit(2)
+    except SdqError as error:
+        _complain(error.message, error.hint)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in _OS_ERRORS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _complain(f"{_OS_ERRORS[error.errno]}{where}.", "What was finished before is kept.")
+        sys.exit(1)
+    except Exception as error:
+        if _FULL_DISK not in str(error).lower():
+            raise
+        _complain("The disk is full.", "What was finished before is kept.")
+        sys.exit(1)
+
+
+def _interrupted(hint: str = "") -> None:
+    status_console.print(f"\nInterrupted. {hint}".rstrip())
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

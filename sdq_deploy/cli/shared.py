@@ -1,0 +1,51 @@
+"""What the commands share: consoles, the --json switch, progress, and the extras they need."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from sdq_engines.errors import SdqError
+
+__all__ = ["JsonOption", "console", "new_progress", "print_json", "require_extra", "status_console"]
+
+#: Results go to standard output, progress and messages to standard error, so that a pipe sees results alone.
+console = Console(highlight=False)
+status_console = Console(stderr=True, highlight=False)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON for machines.")]
+
+
+def print_json(value: Any) -> None:
+    """Print `value` as indented JSON on standard output, unstyled."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def new_progress() -> Progress:
+    """The one progress display: a bar with counts and elapsed time, on standard error."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=status_console,
+    )
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Check that an extra's modules are installed, without importing them.
+
+    Raises:
+        SdqError: one is missing; the hint is the pip command that brings it.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise SdqError(
+                f"This needs {module}, which is not installed.", f'Install it with: pip install "sdq-deploy[{extra}]"'
+            )

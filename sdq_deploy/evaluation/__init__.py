@@ -1,0 +1,1 @@
+"""How close two sets of images are, and pictures that show it."""

@@ -1,0 +1,86 @@
+"""Images by a denoiser in torch: the teacher, or a fake-quantized student, with the package's sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sdq_export.sampler import SamplerPlan, run_sampler
+from sdq_export.source import Source
+
+__all__ = ["decode", "encode_prompts", "generate_images", "starting_noise"]
+
+
+@torch.no_grad()
+def encode_prompts(source: Source, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings of the prompts, FP32 [N, L, D], as diffusers' pipeline makes them."""
+    tokens = source.tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=source.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    embeddings: Tensor = source.text_encoder(tokens.input_ids)[0]
+    return embeddings
+
+
+def starting_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The noise that `torch.Generator("cpu").manual_seed(seed)` gives for each seed, FP32 [N, *shape]."""
+    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
+
+
+@torch.no_grad()
+def decode(source: Source, latents: Tensor) -> NDArray[np.uint8]:
+    """Images uint8 [N, H, W, 3] of latents [N, C, h, w], rounded as diffusers rounds."""
+    images = source.vae.decode(latents / source.vae.config.scaling_factor).sample
+    scaled = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
+    return scaled.round().to(torch.uint8).cpu().numpy()
+
+
+@torch.no_grad()
+def generate_images(
+    source: Source,
+    denoiser: nn.Module,
+    plan: SamplerPlan,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance_scale: float,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> NDArray[np.uint8]:
+    """One image for each prompt and seed, with classifier-free guidance against the empty prompt.
+
+    Args:
+        source: brings the text encoder and the VAE.
+        denoiser: called as (latents [2B, C, h, w], steps int64 [2B], text_embeddings [2B, L, D]).
+        plan: the sampler.
+        prompts, seeds: N of each.
+        guidance_scale: w in uncond + w (cond - uncond).
+        progress: hears (images done, images in all).
+
+    Returns:
+        uint8 [N, H, W, 3].
+    """
+    shape = (source.unet.config.in_channels, *[source.unet.config.sample_size] * 2)
+    empty = encode_prompts(source, [""])
+    images = []
+    for first in range(0, len(prompts), batch_size):
+        text = encode_prompts(source, prompts[first : first + batch_size])
+        both = torch.cat([empty.expand_as(text), text])
+
+        def predict(model_input: Tensor, step: int, both: Tensor = both) -> Tensor:
+            steps = torch.full((len(both),), step)
+            uncond, cond = denoiser(torch.cat([model_input, model_input]), steps, both).chunk(2)
+            return uncond + guidance_scale * (cond - uncond)
+
+        noise = starting_noise(seeds[first : first + batch_size], shape)
+        images.append(decode(source, run_sampler(plan, predict, noise)))
+        progress(min(first + batch_size, len(prompts)), len(prompts))
+    return np.concatenate(images)
