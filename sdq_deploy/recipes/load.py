@@ -1,0 +1,124 @@
+"""Reading recipes: a file, then the precision's own table, then the command line; all mistakes in one report."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from sdq_deploy.recipes.report import describe_errors
+from sdq_deploy.recipes.schema import Precision, Recipe
+from sdq_engines.errors import SdqError
+
+__all__ = ["available_recipes", "load_recipe", "parse_assignments"]
+
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+Tree = dict[str, Any]
+
+
+def available_recipes() -> list[str]:
+    """Names of the recipes that come with sdq-deploy."""
+    folder = resources.files("sdq_deploy.recipes")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of that name or file, with `overrides` (dotted key -> value) on top.
+
+    A table named after a precision holds the values that differ for it. Precedence, last wins: the file, the
+    precision's table, the overrides.
+
+    Raises:
+        SdqError: no such recipe, not TOML, or values that are not allowed; every mistake is named in one report.
+    """
+    tree, origin = _read(name)
+    variants = {key: tree.pop(key) for key in PRECISIONS if key in tree}
+    given = _nest(overrides or {})
+    problems: list[str] = []
+    chosen = _merge(tree, given).get("quantization", {}).get("precision")
+    recipe = _validate(_merge(_merge(tree, variants.get(str(chosen), {})), given), problems)
+    for key, variant in variants.items():
+        if key != chosen:
+            _validate(_merge(tree, variant), problems)
+    if problems or recipe is None:
+        listed = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
+        count = len(dict.fromkeys(problems))
+        raise SdqError(
+            f"The recipe {origin} has {count} mistake{'s' if count > 1 else ''}:\n{listed}",
+            "Correct them in the recipe, or with --set key=value.",
+        )
+    return recipe
+
+
+def parse_assignments(assignments: Sequence[str]) -> Tree:
+    """`--set` options, "section.key=value" with a TOML value (a bare word is a string), as dotted key -> value."""
+    values: Tree = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key.strip():
+            raise SdqError(f"--set {assignment!r} is not of the form key=value.", "Example: --set fit.batch_size=16")
+        values[key.strip()] = _toml_value(text.strip())
+    return values
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _read(name: str | Path) -> tuple[Tree, str]:
+    if str(name) in available_recipes():
+        text, origin = resources.files("sdq_deploy.recipes").joinpath(f"{name}.toml").read_text("utf-8"), str(name)
+    else:
+        text, origin = _read_file(Path(name)), str(name)
+    try:
+        return tomllib.loads(text), origin
+    except tomllib.TOMLDecodeError as error:
+        raise SdqError(f"The recipe {origin} is not valid TOML: {error}.") from error
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        known = ", ".join(available_recipes())
+        raise SdqError(f"There is no recipe {path}: neither a file nor one of {known}.") from error
+    except UnicodeDecodeError as error:
+        raise SdqError(f"The recipe {path} is not UTF-8 text.") from error
+    except OSError as error:
+        raise SdqError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+
+
+def _nest(values: Mapping[str, Any]) -> Tree:
+    """Dotted keys to nested tables. A glob of `quantization.bits` keeps its own dots."""
+    tree: Tree = {}
+    for key, value in values.items():
+        parts = key.split(".", 2) if key.startswith("quantization.bits.") else key.split(".")
+        table = tree
+        for part in parts[:-1]:
+            table = table.setdefault(part, {})
+        table[parts[-1].strip('"')] = value
+    return tree
+
+
+def _merge(base: Tree, over: Mapping[str, Any]) -> Tree:
+    merged = copy.deepcopy(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def _validate(tree: Tree, problems: list[str]) -> Recipe | None:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems.extend(describe_errors(Recipe, error))
+        return None

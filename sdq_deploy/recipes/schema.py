@@ -1,0 +1,161 @@
+"""What a recipe may say: one pydantic model per section, every value bounded.
+
+Values marked (choice) are this project's, not the paper's; the recipe files carry them, with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "SCHEDULERS",
+    "Calibrate",
+    "Collect",
+    "Fit",
+    "Freezing",
+    "PerBits",
+    "Pipeline",
+    "Precision",
+    "Quantization",
+    "Recipe",
+    "Sampling",
+    "Sensitivity",
+]
+
+Precision = Literal["w8a8", "w4a8", "w4a16"]
+Pipeline = Literal["serial-to-parallel", "parallel", "serial"]
+
+#: Scheduler names; "default" is the checkpoint's own.
+SCHEDULERS = ("default", "ddim", "pndm", "euler", "euler-ancestral", "dpmpp-2m", "lcm", "flow-euler")
+
+Scheduler = Literal["default", "ddim", "pndm", "euler", "euler-ancestral", "dpmpp-2m", "lcm", "flow-euler"]
+Rate = Annotated[float, Field(ge=0, le=1)]
+Bits = Literal[4, 8]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Sampling(_Section):
+    """The inference that the student has to reproduce."""
+
+    scheduler: Scheduler
+    num_inference_steps: int = Field(ge=1, le=1000)
+    guidance_scale: float = Field(ge=0, le=100)
+    """1 runs the model on the prompt alone."""
+
+
+class Quantization(_Section):
+    """Which tensors are quantized, and to how many bits."""
+
+    precision: Precision
+    keep: tuple[str, ...]
+    """Globs over layer paths that stay in floating point, beside the time path and the prologue."""
+    bits: dict[str, Bits] = Field(default_factory=dict)
+    """Glob over layer paths -> weight bits, overriding the precision's; the last that fits decides."""
+    groups: int = Field(ge=0)
+    """Scale groups of the activations; 0 for one per step, at most 50."""
+    block_size: Literal[16, 32, 64, 128]
+    """Of w4a16's Linear weights, along the input."""
+
+
+class Collect(_Section):
+    """The serial dataset."""
+
+    num_prompts: int = Field(ge=1)
+    """Prompts to take from the list, which is cycled with other seeds when shorter."""
+    validation_prompts: int = Field(ge=1)
+    """Held out for the choice of the sensitive layers and of the best state; the last of the list."""
+    steps_per_prompt: int = Field(ge=1)
+    """Randomly chosen steps whose latents are kept, per prompt."""
+    prompts_per_shard: int = Field(ge=1)
+    """Prompts sampled together and written as one shard: what is lost at most when collection is killed."""
+
+
+class Calibrate(_Section):
+    """Initial scales."""
+
+    search_points: int = Field(ge=1, le=1000)
+    search_power: float = Field(gt=0, le=8)
+    samples_per_step: int = Field(ge=1)
+    """Latents per step that the activation scales are computed from."""
+    activation_power: float = Field(gt=0, le=8)
+
+
+class Sensitivity(_Section):
+    """The choice of the sensitive layers."""
+
+    top_k: int = Field(ge=0)
+    samples: int = Field(ge=1)
+    """Held-out latents that each layer is judged on."""
+
+
+class PerBits(_Section):
+    """A value for 4-bit weights and one for 8-bit weights."""
+
+    w4: Rate
+    w8: Rate
+
+    def of(self, bits: int) -> float:
+        """The value for `bits`."""
+        return self.w4 if bits == 4 else self.w8
+
+
+class Fit(_Section):
+    """Training."""
+
+    pipeline: Pipeline
+    max_train_steps: int = Field(ge=0)
+    batch_size: int = Field(ge=1)
+    """Over all processes; each latent counts once, whatever the guidance."""
+    loss: Literal["guided", "separate"]
+    """What the output loss compares: the guided output, as the sampler uses it, or both model outputs by themselves."""
+    ild_weight: float = Field(ge=0)
+    """lambda of the inter-layer distillation."""
+    weight_lr: PerBits
+    weight_scale_lr: PerBits
+    """Relative to the scale, which is learned as its logarithm; so is the next."""
+    activation_scale_lr: Rate
+    weight_decay: Rate
+    betas: tuple[Rate, Rate]
+    warmup_steps: int = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    ema_decay: float = Field(ge=0, lt=1)
+    """0 keeps no moving average of the parameters."""
+    validate_every: int = Field(ge=1)
+    """Steps between two samplings of the validation prompts."""
+    checkpoint_every: int = Field(ge=1)
+    """Steps between two resume points."""
+    gradient_checkpointing: bool
+    mixed_precision: Literal["no", "bf16", "fp16"]
+    """Of the layers under training; fake quantization and all measuring stay in FP32."""
+
+
+class Freezing(_Section):
+    """Selective freezing of oscillating weights."""
+
+    enabled: bool
+    momentum: Annotated[float, Field(gt=0, le=1)]
+    threshold_start: Rate
+    threshold_end: Rate
+
+    @model_validator(mode="after")
+    def _falling(self) -> Freezing:
+        if self.threshold_end > self.threshold_start:
+            raise ValueError(f"threshold_end {self.threshold_end} must be at most threshold_start {self.threshold_start}")
+        return self
+
+
+class Recipe(_Section):
+    """All settings of one training."""
+
+    sampling: Sampling
+    quantization: Quantization
+    collect: Collect
+    calibrate: Calibrate
+    sensitivity: Sensitivity
+    fit: Fit
+    freezing: Freezing

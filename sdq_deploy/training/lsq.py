@@ -1,0 +1,85 @@
+"""Learned step size quantization: the forward and backward of fake quantization (docs/quantization.md).
+
+After Esser et al., "Learned Step Size Quantization" (2020), equations 1 to 3 and section 2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["broadcast_scale", "fake_quantize_lsq", "integer_range", "sample_scale", "step_gradient_scale"]
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """(Q_N, Q_P) of a symmetric b-bit grid: integers run from -Q_N = -2^(b-1) to Q_P = 2^(b-1) - 1."""
+    return 2 ** (bits - 1), 2 ** (bits - 1) - 1
+
+
+def step_gradient_scale(elements: int, bits: int) -> float:
+    """1 / sqrt(N * Q_P), which makes a scale's gradient comparable with the weights' (LSQ section 2.2).
+
+    Args:
+        elements: N, elements that share the scale: of one channel or block for a weight, of one *sample* for an
+            activation, so that the size of the batch, and of each process's part of it, does not matter.
+        bits: b of the grid.
+    """
+    return 1.0 / math.sqrt(elements * integer_range(bits)[1])
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, q_n: int, q_p: int, gradient_scale: float) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.range = (q_n, q_p, gradient_scale)
+        return (x.float() / scale).round_().clamp_(-q_n, q_p).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+        x, scale = ctx.saved_tensors
+        q_n, q_p, gradient_scale = ctx.range
+        ratio = x.float() / scale
+        inside = (ratio > -q_n) & (ratio < q_p)
+        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_x, None, None, None, None
+        # round(v) - v inside; outside the clipped integer itself, -Q_N or Q_P.
+        slope = ratio.round().clamp_(-q_n, q_p).sub_(ratio.mul_(inside)).mul_(grad)
+        return grad_x, slope.sum_to_size(scale.shape).mul_(gradient_scale), None, None, None
+
+
+def fake_quantize_lsq(x: Tensor, scale: Tensor, bits: int, gradient_scale: float) -> Tensor:
+    """Round `x` to the grid `scale * {-Q_N .. Q_P}`, half to even, with LSQ's gradients.
+
+    The arithmetic is FP32 whatever the dtype of `x`, also under autocast; the result has the dtype of `x`.
+
+    Args:
+        x: any shape, floating point.
+        scale: FP32, positive, broadcastable to `x` with as many dimensions (1 where the scale is shared).
+        bits: b of the grid.
+        gradient_scale: factor on the gradient of `scale`, from `step_gradient_scale`.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        q_n, q_p = integer_range(bits)
+        result: Tensor = _FakeQuantize.apply(x, scale, q_n, q_p, gradient_scale)  # type: ignore[no-untyped-call]
+        return result
+
+
+def broadcast_scale(scale: Tensor, ndim: int) -> Tensor:
+    """A scale per output channel, [C], shaped [C, 1, ...] for a weight of `ndim` dimensions."""
+    return scale.reshape(-1, *(1 for _ in range(ndim - 1)))
+
+
+def sample_scale(table: Tensor, groups: Tensor, steps: Tensor, ndim: int) -> Tensor:
+    """The scale of each sample at its own step, shaped [B, 1, ...] for an activation of `ndim` dimensions.
+
+    Args:
+        table: f32 [G], one scale per scale group.
+        groups: int64 [T], the scale group of each step.
+        steps: int64 [B], the step of each sample.
+        ndim: dimensions of the activation, batch first.
+    """
+    return table[groups[steps]].reshape(-1, *(1 for _ in range(ndim - 1)))

@@ -1,0 +1,160 @@
+"""The student's quantizers: nvidia-modelopt's, carrying our learned scales (docs/architecture.md, "Training").
+
+`mtq.quantize` places a quantizer at exactly the sites of a QuantSpec; a registered quantization backend runs the LSQ
+forward. A scale is an `nn.Parameter` on its quantizer, as its logarithm, so that it stays positive. Layers that read
+one activation site hold the same quantizer module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from sdq_deploy.training.lsq import broadcast_scale, fake_quantize_lsq, sample_scale, step_gradient_scale
+from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite
+from sdq_export.stepping import StepDenoiser, StepState
+
+__all__ = ["BACKEND", "activation_quantizers", "insert_quantizers", "import_modelopt", "weight_quantizers"]
+
+#: Name under which modelopt's TensorQuantizer finds our forward.
+BACKEND = "sdq-lsq"
+
+
+class _Forward(Protocol):
+    def __call__(self, x: Tensor, log_scale: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class WeightForward:
+    """Fake quantization of a weight: one scale per output channel, or per block along a Linear's input."""
+
+    bits: int
+    block_size: int | None
+
+    def __call__(self, x: Tensor, log_scale: Tensor) -> Tensor:
+        scale = log_scale.exp()
+        if self.block_size is None:
+            elements = x.numel() // x.shape[0]
+            return fake_quantize_lsq(x, broadcast_scale(scale, x.ndim), self.bits, step_gradient_scale(elements, self.bits))
+        blocks = x.reshape(x.shape[0], -1, self.block_size)
+        gradient_scale = step_gradient_scale(self.block_size, self.bits)
+        return fake_quantize_lsq(blocks, scale[:, :, None], self.bits, gradient_scale).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class ActivationForward:
+    """Fake quantization of an activation: each sample by the scale of its own step's group."""
+
+    bits: int
+    groups: tuple[int, ...]
+    state: StepState
+
+    def __call__(self, x: Tensor, log_scale: Tensor) -> Tensor:
+        groups = torch.tensor(self.groups, device=x.device)
+        scale = sample_scale(log_scale, groups, self.state.steps, x.ndim).exp()
+        return fake_quantize_lsq(x, scale, self.bits, step_gradient_scale(x[0].numel(), self.bits))
+
+
+def _entrypoint(x: Tensor, quantizer: Any) -> Tensor:
+    forward = cast(_Forward, quantizer.lsq)
+    return forward(x, quantizer.log_scale)
+
+
+def import_modelopt() -> Any:
+    """modelopt's quantization module, imported without its chatter about versions of other libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("modelopt").setLevel(logging.ERROR)
+        import modelopt.torch.quantization as mtq
+    return mtq
+
+
+@contextlib.contextmanager
+def _only_conv_and_linear() -> Iterator[None]:
+    """Have modelopt replace Conv2d and Linear only.
+
+    Its replacement of diffusers' Attention has no backward, even with its quantizers off, and a `*input_quantizer`
+    would sit on norms. The registry is global, so it is put back.
+    """
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+
+    registry: dict[type, Any] = QuantModuleRegistry._registry
+    before = dict(registry)
+    for kind in before:
+        if kind not in (nn.Conv2d, nn.Linear):
+            del registry[kind]
+    try:
+        yield
+    finally:
+        registry.clear()
+        registry.update(before)
+
+
+def insert_quantizers(denoiser: StepDenoiser, spec: QuantSpec, scales: Mapping[str, Tensor]) -> None:
+    """Put quantizers at the sites of `spec`, in place, with their scales as parameters.
+
+    Args:
+        denoiser: floating-point; its layers are replaced by modelopt's quantized ones, weights shared.
+        spec: the sites; layer paths are those of `denoiser.unet`.
+        scales: FP32, `<layer>.weight_scale` and `<site name>.scale`, shaped as in the quantized checkpoint.
+    """
+    mtq = import_modelopt()
+    from modelopt.torch.quantization.nn import is_registered_quant_backend, register_quant_backend
+
+    if not is_registered_quant_backend(BACKEND):
+        register_quant_backend(BACKEND, _entrypoint)
+    with _only_conv_and_linear(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mtq.quantize(denoiser.unet, {"quant_cfg": _quantizer_config(spec), "algorithm": None})
+    for weight in spec.weights:
+        _attach_weight(denoiser, weight, scales[f"{weight.layer}.weight_scale"])
+    for activation in spec.activations:
+        _attach_activation(denoiser, activation, scales[f"{activation.name}.scale"])
+
+
+def _quantizer_config(spec: QuantSpec) -> list[dict[str, Any]]:
+    """Everything off, then one entry per site by its full name."""
+    config: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    config += [
+        {"quantizer_name": f"{site.layer}.weight_quantizer", "cfg": {"num_bits": site.bits, "axis": 0, "backend": BACKEND}}
+        for site in spec.weights
+    ]
+    config += [
+        {"quantizer_name": f"{layer}.input_quantizer", "cfg": {"num_bits": site.bits, "backend": BACKEND}}
+        for site in spec.activations
+        for layer in site.consumers
+    ]
+    return config
+
+
+def _attach_weight(denoiser: StepDenoiser, site: WeightSite, scale: Tensor) -> None:
+    quantizer: Any = denoiser.unet.get_submodule(f"{site.layer}.weight_quantizer")
+    quantizer.log_scale = nn.Parameter(scale.detach().float().log())
+    quantizer.lsq = WeightForward(site.bits, site.block_size)
+
+
+def _attach_activation(denoiser: StepDenoiser, site: ActivationSite, scale: Tensor) -> None:
+    first, *others = site.consumers
+    quantizer: Any = denoiser.unet.get_submodule(f"{first}.input_quantizer")
+    quantizer.log_scale = nn.Parameter(scale.detach().float().log())
+    quantizer.lsq = ActivationForward(site.bits, site.groups, denoiser.state)
+    for layer in others:
+        denoiser.unet.get_submodule(layer).input_quantizer = quantizer
+
+
+def weight_quantizers(denoiser: StepDenoiser, spec: QuantSpec) -> dict[str, Any]:
+    """Layer -> its weight quantizer, whose `log_scale` is learned."""
+    return {site.layer: denoiser.unet.get_submodule(f"{site.layer}.weight_quantizer") for site in spec.weights}
+
+
+def activation_quantizers(denoiser: StepDenoiser, spec: QuantSpec) -> dict[str, Any]:
+    """Site name -> the activation quantizer that its consumers share."""
+    return {site.name: denoiser.unet.get_submodule(f"{site.consumers[0]}.input_quantizer") for site in spec.activations}
