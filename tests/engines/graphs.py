@@ -54,7 +54,7 @@ class Graph:
         self.random = np.random.default_rng(seed)
 
     def const(self, name: str, array: np.ndarray) -> str:
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.initializers.append(numpy_helper.from_array(np.asarray(array), name))
         return name
 
     def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, **attributes: object) -> str:
