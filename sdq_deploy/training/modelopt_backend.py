@@ -43,7 +43,9 @@ class WeightForward:
         scale = log_scale.exp()
         if self.block_size is None:
             elements = x.numel() // x.shape[0]
-            return fake_quantize_lsq(x, broadcast_scale(scale, x.ndim), self.bits, step_gradient_scale(elements, self.bits))
+            return fake_quantize_lsq(
+                x, broadcast_scale(scale, x.ndim), self.bits, step_gradient_scale(elements, self.bits)
+            )
         blocks = x.reshape(x.shape[0], -1, self.block_size)
         gradient_scale = step_gradient_scale(self.block_size, self.bits)
         return fake_quantize_lsq(blocks, scale[:, :, None], self.bits, gradient_scale).reshape(x.shape)
@@ -124,7 +126,10 @@ def _quantizer_config(spec: QuantSpec) -> list[dict[str, Any]]:
     """Everything off, then one entry per site by its full name."""
     config: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     config += [
-        {"quantizer_name": f"{site.layer}.weight_quantizer", "cfg": {"num_bits": site.bits, "axis": 0, "backend": BACKEND}}
+        {
+            "quantizer_name": f"{site.layer}.weight_quantizer",
+            "cfg": {"num_bits": site.bits, "axis": 0, "backend": BACKEND},
+        }
         for site in spec.weights
     ]
     config += [

@@ -17,28 +17,36 @@ __all__ = ["max_scale", "search_scale", "search_weight_scale"]
 CHUNK = 1 << 20
 
 
-def max_scale(rows: Tensor, bits: int) -> Tensor:
-    """The scale that just holds each row's largest magnitude, f32 [R], for `rows` f32 [R, N]; positive."""
-    largest = rows.abs().amax(dim=1)
+def max_scale(largest: Tensor, bits: int) -> Tensor:
+    """The scale that just holds the magnitude `largest`, f32 of any shape; positive even where that is 0."""
     return torch.where(largest > 0, largest, torch.ones_like(largest)) / integer_range(bits)[1]
 
 
 @torch.no_grad()
-def search_scale(rows: Tensor, bits: int, points: int = 80, power: float = 2.4) -> Tensor:
-    """Per row of f32 [R, N], the scale of least sum |x - x_hat|^power among `points` fractions of `max_scale`.
+def search_scale(
+    rows: Tensor, bits: int, points: int = 80, power: float = 2.4, largest: Tensor | None = None
+) -> Tensor:
+    """Per row, the scale of least sum |x - x_hat|^power among `points` even fractions of `max_scale`.
 
-    Candidates are max_scale * k / points for k = points..1.
+    Args:
+        rows: f32 [R, N], the values that share a scale.
+        bits: b of the grid.
+        points: candidates, max_scale * k / points for k = points..1; among equals the widest wins.
+        power: exponent of the error.
+        largest: f32 [R], the largest magnitude where `rows` is only a sample of the values; None: that of the row.
 
     Returns:
         f32 [R], positive.
     """
+    rows = rows.float()
+    widest = max_scale(rows.abs().amax(dim=1) if largest is None else largest.float(), bits)
     height = max(1, CHUNK // max(1, rows.shape[1]))
-    return torch.cat([_search_chunk(chunk, bits, points, power) for chunk in rows.float().split(height)])
+    parts = zip(rows.split(height), widest.split(height), strict=True)
+    return torch.cat([_search_chunk(part, top, bits, points, power) for part, top in parts])
 
 
-def _search_chunk(rows: Tensor, bits: int, points: int, power: float) -> Tensor:
+def _search_chunk(rows: Tensor, widest: Tensor, bits: int, points: int, power: float) -> Tensor:
     q_n, q_p = integer_range(bits)
-    widest = max_scale(rows, bits)
     best, best_error = widest.clone(), torch.full_like(widest, float("inf"))
     scratch = torch.empty_like(rows)
     for point in range(points, 0, -1):

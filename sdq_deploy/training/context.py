@@ -1,0 +1,143 @@
+"""What all stages of one training share: settings, the loaded source, the teacher, the sampler, the devices."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdq_deploy.recipes.schema import Recipe
+from sdq_deploy.training.folder import RunFolder
+from sdq_deploy.training.prompts import PromptSplit, split_prompts
+from sdq_export.checkpoint import SamplerSettings, SourceRef
+from sdq_export.quantspec import QuantSpec
+from sdq_export.sampler import SamplerPlan, compile_sampler, make_scheduler
+from sdq_export.sites import find_sites
+from sdq_export.source import Source
+from sdq_export.stepping import StepDenoiser
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from rich.progress import Progress
+
+__all__ = ["TrainingContext", "TrainingSettings"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """One `sdq-deploy train`, resolved."""
+
+    model: str
+    """What the user named: a folder, a hub id, or shapes-64."""
+    out: Path
+    recipe: Recipe
+    prompts: tuple[str, ...]
+    seed: int = 0
+    revision: str | None = None
+
+
+class TrainingContext:
+    """Shared by the stages of one training.
+
+    Args:
+        settings: what to do.
+        source: the checkpoint to quantize.
+        accelerator: devices, processes and mixed precision.
+        progress: a started progress display; shown by the main process only.
+    """
+
+    def __init__(
+        self, settings: TrainingSettings, source: Source, accelerator: Accelerator, progress: Progress
+    ) -> None:
+        self.settings, self.source, self.accelerator, self.progress = settings, source, accelerator, progress
+        self.recipe, self.seed = settings.recipe, settings.seed
+        self.folder = RunFolder(settings.out)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @cached_property
+    def prompts(self) -> PromptSplit:
+        """Training and held-out prompts."""
+        collect = self.recipe.collect
+        return split_prompts(list(self.settings.prompts), collect.num_prompts, collect.validation_prompts)
+
+    @cached_property
+    def plan(self) -> SamplerPlan:
+        """The recipe's sampler, compiled."""
+        name = self.recipe.sampling.scheduler
+        scheduler = make_scheduler(None if name == "default" else name, self._scheduler_config())
+        return compile_sampler(scheduler, self.recipe.sampling.num_inference_steps)
+
+    def _scheduler_config(self) -> dict[str, Any]:
+        scheduler = self.source.scheduler
+        return {"_class_name": type(scheduler).__name__, **scheduler.config}
+
+    @cached_property
+    def timesteps(self) -> Tensor:
+        """[T], what the model is told at each step."""
+        return torch.from_numpy(self.plan.timesteps)
+
+    @cached_property
+    def teacher(self) -> StepDenoiser:
+        """The floating-point denoiser by step, on the device, without gradients."""
+        denoiser = StepDenoiser(copy.deepcopy(self.source.unet), self.timesteps)
+        return denoiser.to(self.device).eval().requires_grad_(False)
+
+    @cached_property
+    def spec(self) -> QuantSpec:
+        """The sites."""
+        wanted = self.recipe.quantization
+        return find_sites(
+            self.source.unet,
+            self.plan.calls,
+            wanted.precision,
+            keep=wanted.keep,
+            bits=wanted.bits,
+            groups=wanted.groups or None,
+            block_size=wanted.block_size,
+        )
+
+    @cached_property
+    def sampler_settings(self) -> SamplerSettings:
+        """The sampler as the quantized checkpoint records it."""
+        sampling = self.recipe.sampling
+        return SamplerSettings(
+            scheduler=self.plan.scheduler,
+            config=self.plan.config,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+        )
+
+    @cached_property
+    def source_ref(self) -> SourceRef:
+        """The source as the quantized checkpoint records it."""
+        return SourceRef(model=self.settings.model, revision=self.settings.revision, sha256=self.source.sha256)
+
+    @cached_property
+    def prompt_hash(self) -> str:
+        """Identifies the prompts of this run."""
+        joined = "\n".join((*self.prompts.training, "", *self.prompts.validation))
+        return hashlib.sha256(joined.encode()).hexdigest()
+
+    @contextmanager
+    def bar(self, description: str, total: int, done: int = 0) -> Iterator[Any]:
+        """A progress bar for the length of the block; yields `advance(count=1)`."""
+        task = self.progress.add_task(description, total=total, completed=done)
+
+        def advance(count: int = 1) -> None:
+            self.progress.advance(task, count)
+
+        yield advance
+        self.progress.refresh()

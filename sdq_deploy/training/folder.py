@@ -1,0 +1,42 @@
+"""The run folder: every file name of a training run, spelled once, and its status file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sdq_engines.files import atomic_write_json
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """Paths inside RUN and the reading and writing of run.json.
+
+    run.json: {"kind": "sdq-run", "status": "complete" or the stage under way, "settings": {...},
+    "stages": {name: {"inputs": hash, "done": bool, "seconds": float}}}
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.status_file = path / "run.json"
+        self.dataset = path / "dataset"
+        self.tables = path / "tables.safetensors"
+        self.scales = path / "scales.safetensors"
+        self.sensitivity = path / "sensitivity.json"
+        self.fit = path / "fit"
+        self.log = path / "log"
+        self.curves = path / "curves.png"
+
+    def read_status(self) -> dict[str, Any]:
+        """What run.json says; a new run's where there is none."""
+        if not self.status_file.is_file():
+            return {"kind": "sdq-run", "status": "new", "settings": {}, "stages": {}}
+        status: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
+        return status
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replace run.json."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(self.status_file, status)

@@ -1,0 +1,74 @@
+"""Prompt lists: read from a file, or the embedded model's own captions; split into training and held-out prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdq_engines.errors import SdqError
+
+__all__ = ["PromptSplit", "read_prompts", "shapes_prompts", "split_prompts", "stable_seed"]
+
+
+@dataclass(frozen=True)
+class PromptSplit:
+    """Training prompts, and prompts held out to choose the sensitive layers and the best state."""
+
+    training: tuple[str, ...]
+    validation: tuple[str, ...]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt per line of a UTF-8 file; empty lines are skipped.
+
+    Raises:
+        SdqError: the file is missing, not UTF-8, or holds no prompt.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise SdqError(f"The prompt file {path} does not exist.") from error
+    except UnicodeDecodeError as error:
+        raise SdqError(
+            f"The prompt file {path} is not UTF-8 text (byte {error.start}).", "Save it as UTF-8, one prompt per line."
+        ) from error
+    except OSError as error:
+        raise SdqError(f"The prompt file {path} cannot be read: {error.strerror}.") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise SdqError(f"The prompt file {path} is empty.", "Write one prompt per line.")
+    return prompts
+
+
+def shapes_prompts(count: int) -> list[str]:
+    """Captions of the embedded model's training split, every one once."""
+    from sdq_deploy.shapes64.scenes import sample_scene
+
+    captions: dict[str, None] = {}
+    index = 0
+    while len(captions) < count:
+        captions.setdefault(sample_scene("train", index).caption)
+        index += 1
+    return list(captions)
+
+
+def split_prompts(prompts: list[str], num_prompts: int, validation_prompts: int) -> PromptSplit:
+    """Hold out the last prompts of the list (at most half of it); cycle what is too short: seeds differ by position.
+
+    A list of one prompt is its own validation, with other seeds.
+    """
+    held_count = min(validation_prompts, len(prompts) // 2)
+    kept = prompts[: len(prompts) - held_count]
+    held = prompts[len(prompts) - held_count :] or prompts
+    return PromptSplit(_cycle(kept, num_prompts), _cycle(held, validation_prompts))
+
+
+def _cycle(prompts: list[str], count: int) -> tuple[str, ...]:
+    return tuple(prompts[index % len(prompts)] for index in range(count))
+
+
+def stable_seed(*parts: str | int) -> int:
+    """A 63-bit seed that depends on `parts` alone: the same in every process, on every machine."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
