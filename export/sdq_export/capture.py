@@ -1,0 +1,113 @@
+"""Capture a torch module as an ONNX graph: `torch.onnx.export(dynamo=True)` with the batch size left free."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset21 as op
+from torch import Tensor, nn
+
+__all__ = ["OPSET", "capture"]
+
+OPSET = 21
+"""The first opset with INT4 and blocked DequantizeLinear."""
+
+
+def capture(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    batched: Sequence[str],
+    output: str,
+    batch: str = "batch",
+    static: Mapping[str, Any] | None = None,
+) -> ir.Model:
+    """Export ``module`` as one ONNX graph of opset 21.
+
+    Args:
+        module: in eval mode, FP32.
+        inputs: argument name -> an example, at least two samples where batched (a size of one would be specialized).
+        batched: names of the inputs whose first axis is the batch.
+        output: name for the one output.
+        batch: the symbol for the batch size in every shape.
+        static: further arguments that are not tensors.
+
+    Returns:
+        The graph; its nodes carry ``pkg.torch.onnx.name_scopes``, weights their torch names where the exporter did
+        not fold them.
+    """
+    free = torch.export.Dim.DYNAMIC
+    extra = dict(static or {})
+    shapes: dict[str, Any] = {name: {0: free} if name in batched else None for name in inputs}
+    shapes |= dict.fromkeys(extra)
+    with _quiet(), torch.no_grad():
+        program = torch.export.export(module, (), kwargs={**inputs, **extra}, dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=[output],
+            verbose=False,
+            custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
+        )
+    assert exported is not None
+    model: ir.Model = exported.model
+    _name_batch(model, batch)
+    return model
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+):
+    """Attention as MatMul, Softmax, MatMul, the form that every engine's fusion looks for.
+
+    torchlib's own translation transposes the keys through three dynamic reshapes, which hide the shapes from engines.
+    """
+    if is_causal or enable_gqa:
+        raise NotImplementedError("causal or grouped-query attention inside a captured graph")
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scaled = op.Mul(query, op.Constant(value_float=float(factor)))
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _name_batch(model: ir.Model, batch: str) -> None:
+    """Give the exporter's one free symbol (``s53`` ...) the name of the batch; drop shapes it did not work out."""
+    graph = model.graph
+    symbols = {str(dim) for value in graph.inputs for dim in value.shape or () if not isinstance(dim, int)}
+    for value in [*graph.inputs, *(out for node in graph for out in node.outputs)]:
+        if value.shape is None:
+            continue
+        dims = [dim if isinstance(dim, int) else batch if str(dim) in symbols else None for dim in value.shape]
+        value.shape = None if None in dims else ir.Shape(dims)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's remarks about torchvision and its own deprecations are no news to a user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,110 @@
+"""The canonical graphs of a denoiser: the whole step and its prologue, from a captured UNet by a list of passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from sdq_engines.errors import SdqError
+from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
+from sdq_export.passes.int4_weights import PackInt4Weights
+from sdq_export.passes.name_nodes import NameNodes
+from sdq_export.passes.prologue import CutPrologue, KeepPrologue
+from sdq_export.passes.qdq import QuantizeActivations
+from sdq_export.passes.quantize_weights import QuantizeWeights
+from sdq_export.passes.sampler_step import SamplerStep
+from sdq_export.passes.store_fp16 import StoreFp16
+from sdq_export.passes.time_tables import TimeTables
+from sdq_export.passes.timestep_scales import TimestepScales
+from sdq_export.quantspec import QuantSpec
+from sdq_export.sampler.plan import SamplerPlan
+
+__all__ = ["TEXT_INPUT", "DenoiserGraphs", "build_denoiser", "run_passes"]
+
+TEXT_INPUT = "text_embeddings"
+Tensors = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class DenoiserGraphs:
+    """The canonical graphs of docs/architecture.md."""
+
+    denoiser: ir.Model
+    """The whole step."""
+    prologue: ir.Model
+    """Keys and values of the text."""
+
+
+def build_denoiser(
+    captured: ir.Model,
+    tables: Tensors,
+    plan: SamplerPlan,
+    latent_shape: tuple[int, int, int],
+    *,
+    spec: QuantSpec | None = None,
+    tensors: Tensors | None = None,
+    store_fp16: bool = True,
+) -> DenoiserGraphs:
+    """Run the passes.
+
+    Args:
+        captured: the UNet with inputs ``sample, timestep, text_embeddings``; it is used up.
+        tables: path of each ResNet block -> float32 [T, C].
+        plan: the sampler.
+        latent_shape: C, h, w.
+        spec: the sites; None leaves the denoiser in floating point.
+        tensors: integers and scales of the sites, by the keys of `sdq_export.checkpoint`.
+        store_fp16: store large weights as FP16 where that loses nothing.
+
+    Raises:
+        SdqError: the denoiser has a form that a pass does not support.
+    """
+    NameNodes()(captured)
+    prologue = captured.clone()
+    storage = [StoreFp16()] if store_fp16 else []
+    run_passes(prologue, [KeepPrologue(TEXT_INPUT), *storage, ClearNotes()])
+    quantization = _quantization(spec, tensors or {}) if spec is not None else []
+    step = SamplerStep(plan.history, plan.stochastic, latent_shape)
+    run_passes(
+        captured,
+        [
+            TimeTables({block: np.asarray(table, np.float32) for block, table in tables.items()}),
+            CutPrologue(TEXT_INPUT),
+            *quantization,
+            step,
+            RemoveDeadCode(),
+            *storage,
+            ClearNotes(),
+        ],
+    )
+    return DenoiserGraphs(captured, prologue)
+
+
+def run_passes(model: ir.Model, passes: list[ir.passes.InPlacePass]) -> None:
+    """Run passes in order, with their pre- and postconditions.
+
+    Raises:
+        SdqError: a precondition does not hold: the model has a form that is not supported.
+    """
+    for item in passes:
+        try:
+            item(model)
+        except ir.passes.PreconditionError as error:
+            reason = str(error.__cause__ or error)
+            raise SdqError(f"The denoiser has a form that {type(item).__name__} does not support: {reason}.") from error
+
+
+def _quantization(spec: QuantSpec, tensors: Tensors) -> list[ir.passes.InPlacePass]:
+    constant = [site for site in spec.activations if site.num_groups == 1]
+    stepped = [site for site in spec.activations if site.num_groups > 1]
+    return [
+        QuantizeWeights(spec, tensors),
+        QuantizeActivations(constant, tensors),
+        TimestepScales(stepped, tensors),
+        PackInt4Weights(),
+    ]

@@ -1,0 +1,98 @@
+"""Activations with one scale: plain QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from sdq_engines.lowering.graph import quantized_layers
+from sdq_export.checkpoint import scale_key
+from sdq_export.graph import NodeList, constant
+from sdq_export.quantspec import ActivationSite
+
+__all__ = ["QuantizeActivations", "quantize_dequantize", "site_input"]
+
+_ZERO = "zero_int8"
+
+
+class QuantizeActivations(ir.passes.InPlacePass):
+    """Insert Q and DQ with a constant scale before the consumers of each site that has a single scale group.
+
+    One Q and one DQ serve all consumers of a site. Biases stay where they are.
+
+    Requires: the consumers of a site read the same tensor.
+    Ensures: they read its DequantizeLinear.
+
+    Args:
+        sites: activation sites of one scale group each.
+        tensors: scales by the keys of `sdq_export.checkpoint`.
+    """
+
+    def __init__(self, sites: Sequence[ActivationSite], tensors: Mapping[str, NDArray[Any]]) -> None:
+        super().__init__()
+        self.sites = sites
+        self.tensors = tensors
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Insert in place."""
+        for site in self.sites:
+            consumers, source = site_input(model, site)
+            new = NodeList()
+            scale = np.asarray(self.tensors[scale_key(site.name)], np.float32).reshape(())
+            dequantized = quantize_dequantize(model.graph, new, source, scale, site.consumers[0])
+            model.graph.insert_before(consumers[0], new.nodes)
+            for node in consumers:
+                node.replace_input_with(0, dequantized)
+        return ir.passes.PassResult(model, modified=bool(self.sites))
+
+    def requires(self, model: ir.Model) -> None:
+        """Every site is one tensor."""
+        for site in self.sites:
+            site_input(model, site)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Every consumer reads quantized values."""
+        for site in self.sites:
+            for layer in quantized_layers(model):
+                if layer.name in site.consumers:
+                    source = layer.node.inputs[0]
+                    producer = source.producer() if source is not None else None
+                    if producer is None or producer.op_type != "DequantizeLinear":
+                        raise ir.passes.PostconditionError(f"{layer.name} does not read a DequantizeLinear")
+
+
+def site_input(model: ir.Model, site: ActivationSite) -> tuple[list[ir.Node], ir.Value]:
+    """The operators that consume a site, in graph order, and the one tensor that they read.
+
+    Raises:
+        PreconditionError: a consumer is missing or reads another tensor.
+    """
+    consumers = [layer.node for layer in quantized_layers(model) if layer.name in site.consumers]
+    if len(consumers) != len(site.consumers):
+        raise ir.passes.PreconditionError(
+            f"{site.name}: {len(site.consumers)} consumers wanted, {len(consumers)} found"
+        )
+    source = consumers[0].inputs[0]
+    if source is None or any(node.inputs[0] is not source for node in consumers):
+        raise ir.passes.PreconditionError(f"{site.name}: its consumers {site.consumers} do not read the same tensor")
+    return consumers, source
+
+
+def quantize_dequantize(
+    graph: ir.Graph, new: NodeList, source: ir.Value, scale: NDArray[np.float32], layer: str
+) -> ir.Value:
+    """Add Q and DQ of ``source`` with a constant scalar scale and zero point 0, named after ``layer``."""
+    zero = constant(graph, _ZERO, np.zeros((), np.int8))
+    stored = constant(graph, f"{layer}.input_scale", scale)
+    quantized = new.add("QuantizeLinear", [source, stored, zero], f"{layer}/quantize", dtype=ir.DataType.INT8)
+    return new.add(
+        "DequantizeLinear",
+        [quantized, stored, zero],
+        f"{layer}/dequantize",
+        dtype=ir.DataType.FLOAT,
+        shape=source.shape,
+    )
