@@ -57,7 +57,9 @@ class Graph:
         self.initializers.append(numpy_helper.from_array(np.asarray(array), name))
         return name
 
-    def node(self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, **attributes: object) -> str:
+    def node(
+        self, op: str, inputs: list[str], name: str, outputs: list[str] | None = None, **attributes: object
+    ) -> str:
         made = helper.make_node(op, inputs, outputs or [name], name=name, **attributes)
         self.nodes.append(made)
         return made.output[0]
@@ -68,7 +70,9 @@ class Graph:
         stored = self.const(f"{name}.fp16", (self.random.standard_normal(shape) * scale).astype(np.float16))
         return self.node("Cast", [stored], name, to=FLOAT)
 
-    def model(self, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+    def model(
+        self, name: str, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
+    ) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, name, inputs, outputs, self.initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
         onnx.checker.check_model(model, full_check=True)
@@ -123,11 +127,15 @@ class QuantizedLayers:
         names = [g.const(f"{layer}.weight", integers), g.const(f"{layer}.weight_scale", scale.astype(np.float32))]
         return g.node("DequantizeLinear", names, f"{layer}/weight_dequantize", **attributes)
 
-    def layer(self, op: str, x: str, layer: str, shape: tuple[int, ...], ratio: str | None, time_row: bool = False) -> str:
+    def layer(
+        self, op: str, x: str, layer: str, shape: tuple[int, ...], ratio: str | None, time_row: bool = False
+    ) -> str:
         """The operator itself, with weights of `shape`, its output rescale and its bias."""
         g, conv = self.graph, op == "Conv"
         bits, activations = self.bits(op)
-        weight = (g.random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) if conv else shape[0])).astype(np.float32)
+        weight = (g.random.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) if conv else shape[0])).astype(
+            np.float32
+        )
         block = None if conv or activations or bits == 8 else self.shape.block
         w = self.quantized_weight(layer, weight, 0 if conv else 1, bits, block)
         channels = shape[0] if conv else shape[1]
@@ -178,7 +186,9 @@ def prologue(shape: TinyShape) -> onnx.ModelProto:
 def vae_decoder(shape: TinyShape) -> onnx.ModelProto:
     """latents -> images in [0, 1], eight times as large."""
     g = Graph(shape.seed + 3)
-    x = g.node("Conv", ["latents", g.weight("conv_in.weight", 8, 4, 3, 3)], "conv_in", kernel_shape=[3, 3], pads=[1] * 4)
+    x = g.node(
+        "Conv", ["latents", g.weight("conv_in.weight", 8, 4, 3, 3)], "conv_in", kernel_shape=[3, 3], pads=[1] * 4
+    )
     scales = g.const("scales", np.array([1, 1, 8, 8], np.float32))
     x = g.node("Resize", [g.node("Tanh", [x], "act"), "", scales], "up", mode="nearest")
     x = g.node("Conv", [x, g.weight("conv_out.weight", 3, 8, 3, 3)], "conv_out", kernel_shape=[3, 3], pads=[1] * 4)

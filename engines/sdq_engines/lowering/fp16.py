@@ -40,7 +40,10 @@ class ToFloat16(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         for node in model.graph:
-            if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+            if any(
+                attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+                for attribute in node.attributes.values()
+            ):
                 raise ir.passes.PreconditionError(f"{node.name}: subgraphs cannot be typed")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -111,7 +114,9 @@ class _Typing:
         array = array_of(value)
         assert array is not None
         half = _to_half(array)
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not (np.isfinite(half).all() and (half > 0).all()):
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and not (
+            np.isfinite(half).all() and (half > 0).all()
+        ):
             raise SdqError(
                 f"The scale {value.name} cannot be held in FP16: it spans {array.min():.3g} to {array.max():.3g}.",
                 "Build this package for onnxruntime or openvino, or keep that layer unquantized.",

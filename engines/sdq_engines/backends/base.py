@@ -1,0 +1,125 @@
+"""What every backend offers, and what crosses between a backend and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from sdq_engines.package.schema import EngineEntry, KernelCounts, ShapeProfile
+    from sdq_engines.package.store import Package
+
+__all__ = ["Arrays", "Availability", "Backend", "BuildJob", "BuildResult", "Component", "Session", "Stepper"]
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether an engine works on this machine; `reason` and `hint` say why not and what to install."""
+
+    works: bool
+    version: str = ""
+    device: str = ""
+    reason: str = ""
+    hint: str = ""
+    builds: bool = False
+    """Whether it can build here, which may need less than running (TensorRT-RTX builds without a GPU)."""
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """One build, as the child process sees it."""
+
+    package: Package
+    out: Path
+    """An empty folder; what is left in it, but for the logs, becomes the engine's files."""
+    profile: ShapeProfile
+    options: dict[str, Any] = field(default_factory=dict)
+    progress: Callable[[str, str], None] = lambda component, stage: None
+    """Called with a component's name and what is being done to it."""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a backend made: for each component a file in the job's folder, or None to load the canonical graph."""
+
+    components: dict[str, str | None]
+    version: str
+    target: str
+    options: dict[str, Any]
+    kernels: KernelCounts | None
+
+
+class Component(Protocol):
+    """One loaded graph."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Every output by its name. Feeds are cast to the engine's own types where they differ (FP32 to FP16)."""
+        ...
+
+
+class Stepper(Protocol):
+    """A denoising run in progress for one batch: state lives in the engine, on its device."""
+
+    def step(self, index: int, noise: np.ndarray | None) -> None:
+        """Make model call `index` (0..T-1); `noise` [batch, C, h, w] for stochastic samplers, else None."""
+        ...
+
+    def latents(self) -> np.ndarray:
+        """The latents now, FP32 [batch, C, h, w], copied to the host."""
+        ...
+
+
+class Session(Protocol):
+    """A loaded engine of one package."""
+
+    name: str
+    entry: EngineEntry
+
+    def component(self, name: str) -> Component:
+        """The component's graph, loaded on first use."""
+        ...
+
+    def stepper(self, latents: np.ndarray, guidance_scale: float, coefficients: np.ndarray, prompt: Arrays) -> Stepper:
+        """Start a run.
+
+        Args:
+            latents: FP32 [batch, C, h, w], noise already scaled by the sampler's initial sigma.
+            guidance_scale: of classifier-free guidance.
+            coefficients: FP32 [T, R], one row per model call.
+            prompt: the prologue's outputs, [2*batch, L, inner] each.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """An engine's module: `backends.registry` finds it by name."""
+
+    name: str
+
+    def available(self) -> Availability:
+        """Whether it works here; never raises, imports the backend's library."""
+        ...
+
+    def lowering(self, component: str, options: Mapping[str, Any]) -> list[ir.passes.PassBase]:
+        """The passes that turn this component's canonical graph into what the engine wants, in order."""
+        ...
+
+    def build(self, job: BuildJob) -> BuildResult:
+        """Build every component; runs in a child process (see `sdq_engines.build`)."""
+        ...
+
+    def load(self, package: Package, entry: EngineEntry, options: Mapping[str, Any]) -> Session:
+        """Open an engine of a checked package.
+
+        Raises:
+            SdqError: built for another version or device than this machine has; with the command that mends it.
+        """
+        ...

@@ -1,0 +1,143 @@
+"""Build plans from lowered graphs through polygraphy's loaders. Runs in a child process, see `sdq_engines.build`.
+
+polygraphy chooses TensorRT-RTX by `POLYGRAPHY_USE_TENSORRT_RTX=1`, read at import: the parent sets it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdq_engines.backends.base import BuildJob, BuildResult
+from sdq_engines.backends.kernels import count, tensorrt_layers
+from sdq_engines.backends.nvidia import cuda
+from sdq_engines.errors import SdqError
+from sdq_engines.lowering.graph import apply, load_graph
+from sdq_engines.lowering.save import save_graph
+from sdq_engines.package.layout import COMPONENTS, DENOISER, PROLOGUE, TEXT_ENCODER
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from sdq_engines.backends.nvidia.backend import Library
+    from sdq_engines.package.schema import ShapeProfile
+
+__all__ = ["build_plans"]
+
+Lowering = Callable[[str, Mapping[str, Any]], "list[ir.passes.PassBase]"]
+
+
+def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildResult:
+    """Lower and build every component; the denoiser's kernels are counted from the builder's layer list.
+
+    Raises:
+        SdqError: the parser or the builder refuses a component; the log above says why.
+    """
+    trt = importlib.import_module(library.module)
+    log = _listen(trt)
+    files: dict[str, str | None] = {}
+    kernels = None
+    for component in COMPONENTS:
+        job.progress(component, "lowering")
+        graph = apply(load_graph(job.package.component(component)), lowering(component, job.options))
+        path = save_graph(graph, job.out / "work" / component)
+        job.progress(component, "building")
+        log.layers = ""
+        files[component] = f"{component}.plan"
+        (job.out / f"{component}.plan").write_bytes(_plan(trt, library, path, shapes(graph, component, job.profile)))
+        shutil.rmtree(path.parent)
+        if component == DENOISER:
+            kernels = count(job.package, tensorrt_layers(log.layers))
+    return BuildResult(files, trt.__version__, _target(trt, library), dict(job.options), kernels)
+
+
+def shapes(graph: ir.Model, component: str, profile: ShapeProfile) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Each input's (min, opt, max) shape: "batch" counts images, in the text components texts (at most two per image)."""
+    sizes = (profile.batch_min, profile.batch_opt, profile.batch_max)
+    if component in (TEXT_ENCODER, PROLOGUE):
+        sizes = (1, 2, 2 * profile.batch_max)
+    found = {}
+    for value in graph.graph.inputs:
+        assert value.shape is not None
+        assert value.name is not None
+        found[value.name] = tuple(tuple(_extent(dim, size) for dim in value.shape) for size in sizes)
+    return found
+
+
+def _extent(dim: ir.SymbolicDim | int, batch: int) -> int:
+    if isinstance(dim, int):
+        return dim
+    return {"batch": batch, "2*batch": 2 * batch}[str(dim.value).replace(" ", "")]
+
+
+def _plan(trt: Any, library: Library, path: Path, shapes: dict[str, tuple[tuple[int, ...], ...]]) -> bytes:
+    from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, NetworkFromOnnxPath, Profile
+    from polygraphy.exception import PolygraphyException
+
+    profile = Profile()
+    for name, (low, opt, high) in shapes.items():
+        profile.add(name, low, opt, high)
+    # Since TensorRT 11 every network is strongly typed and the flag is gone.
+    strongly = True if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") else None
+    options = {"profiles": [profile], "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
+    if library.rtx:
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        create = CreateConfigRTX(**options)
+    else:
+        create = CreateConfig(**options)
+
+    def config(builder: Any, network: Any) -> Any:
+        made = create(builder, network)
+        # The sampler's FP32 products must not be rounded to TF32.
+        made.clear_flag(trt.BuilderFlag.TF32)
+        return made
+
+    try:
+        network = NetworkFromOnnxPath(str(path), strongly_typed=strongly)
+        return bytes(EngineBytesFromNetwork(network, config=config)())
+    except PolygraphyException as error:
+        raise SdqError(
+            f"{library.engine} refuses {path.parent.name}: {_first_line(error)}",
+            "Try --engine onnxruntime, or another precision; `--fp32 COMPONENT` builds one component in FP32.",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no reason given"
+
+
+def _target(trt: Any, library: Library) -> str:
+    if not library.rtx:
+        gpu, why = cuda.find_gpu()
+        if gpu is None:
+            raise SdqError(f"tensorrt builds for the GPU of this machine, and there is none: {why}.")
+        return gpu.architecture
+    members = sorted(name for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+    return "any of " + ", ".join(f"sm_{name[2:]}" for name in sorted(members, key=lambda name: int(name[2:])))
+
+
+def _listen(trt: Any) -> Any:
+    """Make TensorRT log to us: its verbose layer list is kept, the rest of it goes to stderr from INFO up."""
+    from polygraphy.backend.trt import util as trt_util
+
+    class LayerListLogger(trt.ILogger):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.layers = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity == trt.Logger.VERBOSE:
+                if "LayerType: " in message:
+                    self.layers += message + "\n"
+                return
+            print(f"[{severity.name}] {message}", file=sys.stderr, flush=True)
+
+    # The one logger that polygraphy hands to every TensorRT object (`get_trt_logger` returns it).
+    trt_util.TRT_LOGGER = LayerListLogger()
+    return trt_util.TRT_LOGGER

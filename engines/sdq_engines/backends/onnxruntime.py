@@ -1,0 +1,195 @@
+"""ONNX Runtime: the reference engine on the CPU, and the host of NVIDIA's CUDA and TensorRT providers.
+
+It loads the canonical graphs as they are, so its "build" adds no file: it opens every graph once, as a proof. On the
+CPU, Q/DQ fusion is off (`session.disable_quant_qdq`): weights are dequantized once at load and the arithmetic is FP32
+over quantized values, which is the reference's own and faster than ONNX Runtime's Q/DQ kernels, since a convolution
+without a quantized output has none (docs/benchmarks.md). Weight-only MatMuls would run at accuracy level 1, not 4.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult
+from sdq_engines.backends.stepping import HostStepper
+from sdq_engines.errors import SdqError
+from sdq_engines.package.layout import COMPONENTS, DENOISER
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    from sdq_engines.package.schema import EngineEntry, KernelCounts
+    from sdq_engines.package.store import Package
+
+__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeComponent", "OnnxRuntimeSession", "make", "open_session"]
+
+CPU = "CPUExecutionProvider"
+_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+Provider = str | tuple[str, dict[str, Any]]
+
+
+def make(name: str) -> OnnxRuntimeBackend:
+    """The backend (there is one name)."""
+    return OnnxRuntimeBackend()
+
+
+class OnnxRuntimeBackend:
+    """See the module. Load options: `providers`, as `onnxruntime.InferenceSession` takes them, and `threads`."""
+
+    name = "onnxruntime"
+
+    def available(self) -> Availability:
+        hint = "pip install 'sdq-deploy[cpu]' (or [gpu] for the CUDA provider)"
+        if importlib.util.find_spec("onnxruntime") is None:
+            return Availability(False, reason="onnxruntime is not installed", hint=hint)
+        try:
+            import onnxruntime as ort
+
+            providers = ", ".join(name.removesuffix("ExecutionProvider") for name in ort.get_available_providers())
+        except (ImportError, OSError, AttributeError) as error:
+            return Availability(False, reason=f"onnxruntime does not load: {error}", hint=hint)
+        return Availability(True, version=ort.__version__, device=providers, builds=True)
+
+    def lowering(self, component: str, options: Mapping[str, Any]) -> list[ir.passes.PassBase]:
+        return []
+
+    def build(self, job: BuildJob) -> BuildResult:
+        import onnxruntime as ort
+
+        for component in COMPONENTS:
+            job.progress(component, "opening")
+            open_session(job.package.component(component), [CPU])
+        kernels = _kernel_counts(job.package)
+        return BuildResult(dict.fromkeys(COMPONENTS), ort.__version__, "any CPU", {}, kernels)
+
+    def load(self, package: Package, entry: EngineEntry, options: Mapping[str, Any]) -> OnnxRuntimeSession:
+        found = self.available()
+        if not found.works:
+            raise SdqError(f"The engine onnxruntime does not work here: {found.reason}.", found.hint)
+        return OnnxRuntimeSession(package, entry, options.get("providers") or [CPU], options.get("threads"))
+
+
+def open_session(
+    model: Path | bytes, providers: Sequence[Provider] = (CPU,), threads: int | None = None
+) -> ort.InferenceSession:
+    """Open a graph with the options that keep quantized arithmetic exact.
+
+    Raises:
+        SdqError: a provider that this build of ONNX Runtime lacks, or a graph that it refuses.
+    """
+    import onnxruntime as ort
+
+    named = [item if isinstance(item, str) else item[0] for item in providers]
+    if missing := [name for name in named if name not in ort.get_available_providers()]:
+        raise SdqError(
+            f"This ONNX Runtime has no {missing[0]}; it has: {', '.join(ort.get_available_providers())}.",
+            "For NVIDIA's providers: pip uninstall onnxruntime, then pip install 'sdq-deploy[gpu]'",
+        )
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if named == [CPU]:
+        settings.add_session_config_entry("session.disable_quant_qdq", "1")
+    if threads:
+        settings.intra_op_num_threads = threads
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, settings, providers=list(providers))
+    except Exception as error:  # onnxruntime raises bare pybind exceptions of several kinds
+        raise SdqError(f"ONNX Runtime refuses {'the graph' if isinstance(model, bytes) else model}: {error}") from error
+
+
+class OnnxRuntimeComponent:
+    """One graph, its inputs and outputs bound by name."""
+
+    def __init__(self, session: ort.InferenceSession, device: str) -> None:
+        self.session, self.device = session, device
+        self.inputs = {item.name for item in session.get_inputs()}
+        self.outputs = [item.name for item in session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        wanted = {name: value for name, value in feeds.items() if name in self.inputs}
+        return dict(zip(self.outputs, self.session.run(self.outputs, wanted), strict=True))
+
+
+class OnnxRuntimeSession:
+    """The package's graphs in ONNX Runtime, each opened on first use."""
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, package: Package, entry: EngineEntry, providers: Sequence[Provider], threads: int | None
+    ) -> None:
+        self.package, self.entry = package, entry
+        self.providers, self.threads = providers, threads
+        first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        self.device = _DEVICES.get(first, "cpu")
+        self._components: dict[str, OnnxRuntimeComponent] = {}
+
+    def component(self, name: str) -> OnnxRuntimeComponent:
+        if name not in self._components:
+            session = open_session(self.package.component(name), self.providers, self.threads)
+            self._components[name] = OnnxRuntimeComponent(session, self.device)
+        return self._components[name]
+
+    def stepper(
+        self, latents: np.ndarray, guidance_scale: float, coefficients: np.ndarray, prompt: Arrays
+    ) -> HostStepper | DeviceStepper:
+        denoiser = self.component(DENOISER)
+        if self.device == "cpu":
+            return HostStepper(denoiser, self.package.manifest, latents, guidance_scale, coefficients, prompt)
+        return DeviceStepper(denoiser, self.package, latents, guidance_scale, coefficients, prompt)
+
+
+class DeviceStepper:
+    """A run on a GPU provider: I/O binding keeps latents, history and prompt in GPU memory between the steps."""
+
+    def __init__(
+        self,
+        denoiser: OnnxRuntimeComponent,
+        package: Package,
+        latents: np.ndarray,
+        guidance_scale: float,
+        coefficients: np.ndarray,
+        prompt: Arrays,
+    ) -> None:
+        import onnxruntime as ort
+
+        self._value = lambda array: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), denoiser.device, 0)
+        self.session, self.device = denoiser.session, denoiser.device
+        self.rows = [np.ascontiguousarray(row) for row in coefficients]
+        self.state = {"latents": self._value(latents)}
+        if history := package.manifest.sampler.history:
+            shape = (latents.shape[0], history, *latents.shape[1:])
+            self.state["history"] = self._value(np.zeros(shape, np.float32))
+        self.fixed = {name: self._value(array) for name, array in prompt.items()}
+        self.fixed["guidance_scale"] = self._value(np.asarray(guidance_scale, np.float32))
+
+    def step(self, index: int, noise: np.ndarray | None) -> None:
+        binding = self.session.io_binding()
+        for name, value in (*self.state.items(), *self.fixed.items()):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_cpu_input("step", np.asarray(index, np.int64))
+        binding.bind_cpu_input("coefficients", self.rows[index])
+        if noise is not None:
+            binding.bind_cpu_input("noise", noise)
+        for name in self.state:
+            binding.bind_output(f"{name}_out", self.device, 0)
+        self.session.run_with_iobinding(binding)
+        self.state = dict(zip(self.state, binding.get_outputs(), strict=True))
+
+    def latents(self) -> np.ndarray:
+        return np.array(self.state["latents"].numpy())
+
+
+def _kernel_counts(package: Package) -> KernelCounts | None:
+    """Counted in the graph that ONNX Runtime's optimizer leaves for the CPU: see `kernels.onnxruntime_counts`."""
+    from sdq_engines.backends.kernels import onnxruntime_counts
+
+    return onnxruntime_counts(package)

@@ -1,0 +1,215 @@
+"""OpenVINO on the CPU: INT8 convolutions and matrix products straight from the Q/DQ graph.
+
+Compiled once at build and exported as a blob per component, which opens an order of magnitude faster than compiling the
+graph. Two properties keep it faithful (docs/benchmarks.md): `INFERENCE_PRECISION_HINT=f32`, since the default may
+compute in BF16, and `DYNAMIC_QUANTIZATION_GROUP_SIZE=0`, since it would else quantize activations of INT4 layers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult
+from sdq_engines.errors import SdqError
+from sdq_engines.package.layout import COMPONENTS, DENOISER
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from sdq_engines.package.schema import EngineEntry, KernelCounts
+    from sdq_engines.package.store import Package
+
+__all__ = ["OpenVinoBackend", "OpenVinoComponent", "OpenVinoSession", "OpenVinoStepper", "make"]
+
+DEVICE = "CPU"
+PROPERTIES = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    "PERFORMANCE_HINT": "LATENCY",
+}
+
+
+def make(name: str) -> OpenVinoBackend:
+    """The backend (there is one name)."""
+    return OpenVinoBackend()
+
+
+class OpenVinoBackend:
+    """See the module. Load option: `threads`."""
+
+    name = "openvino"
+
+    def available(self) -> Availability:
+        hint = "pip install 'sdq-deploy[cpu]'"
+        if importlib.util.find_spec("openvino") is None:
+            return Availability(False, reason="openvino is not installed", hint=hint)
+        try:
+            import openvino as ov
+
+            device = str(ov.Core().get_property(DEVICE, "FULL_DEVICE_NAME")).strip()
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            return Availability(False, reason=f"openvino does not load: {error}", hint=hint)
+        return Availability(True, version=ov.get_version(), device=device, builds=True)
+
+    def lowering(self, component: str, options: Mapping[str, Any]) -> list[ir.passes.PassBase]:
+        """INT4 weights of INT8 layers are widened: OpenVINO has no INT8 x INT4 kernel and would compute in FP32."""
+        from sdq_engines.lowering.widen_int4 import WidenInt4
+
+        return [WidenInt4()] if component == DENOISER else []
+
+    def build(self, job: BuildJob) -> BuildResult:
+        import openvino as ov
+
+        files: dict[str, str | None] = {}
+        kernels: KernelCounts | None = None
+        core = ov.Core()
+        for component in COMPONENTS:
+            job.progress(component, "lowering")
+            path = _lowered(job, component, self.lowering(component, job.options))
+            job.progress(component, "compiling")
+            compiled = core.compile_model(core.read_model(str(path)), DEVICE, PROPERTIES)
+            if component == DENOISER:
+                kernels = _count(job.package, compiled)
+            job.progress(component, "exporting")
+            files[component] = f"{component}.blob"
+            with (job.out / f"{component}.blob").open("wb") as blob:
+                blob.write(_bytes(compiled.export_model()))
+        return BuildResult(files, ov.get_version(), f"{platform.machine()} CPU", {}, kernels)
+
+    def load(self, package: Package, entry: EngineEntry, options: Mapping[str, Any]) -> OpenVinoSession:
+        found = self.available()
+        if not found.works:
+            raise SdqError(f"The engine openvino does not work here: {found.reason}.", found.hint)
+        rebuild = f"Build it here: sdq-deploy build {package.folder} --engine openvino"
+        if entry.version != found.version:
+            raise SdqError(
+                f"The openvino engine was built by OpenVINO {entry.version}; here is {found.version}.", rebuild
+            )
+        here = f"{platform.machine()} CPU"
+        if entry.target != here:
+            raise SdqError(f"The openvino engine was built for: {entry.target}; here is: {here}.", rebuild)
+        return OpenVinoSession(package, entry, options.get("threads"))
+
+
+def _lowered(job: BuildJob, component: str, passes: list[ir.passes.PassBase]) -> Path:
+    """The component's graph after `passes`, written beside the job; the canonical file where there is nothing to do."""
+    canonical = job.package.component(component)
+    if not passes:
+        return canonical
+    from sdq_engines.lowering.graph import apply, load_graph
+    from sdq_engines.lowering.save import save_graph
+
+    return save_graph(apply(load_graph(canonical), passes), job.out / "work" / component)
+
+
+def _count(package: Package, compiled: Any) -> KernelCounts | None:
+    from sdq_engines.backends.kernels import count, openvino_layers
+
+    return count(package, openvino_layers(compiled))
+
+
+def _bytes(exported: Any) -> bytes:
+    value: bytes = exported.getvalue() if hasattr(exported, "getvalue") else exported
+    return value
+
+
+class OpenVinoComponent:
+    """One compiled graph and one infer request."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.request = compiled.create_infer_request()
+        self.inputs = {port.get_any_name() for port in compiled.inputs}
+        self.outputs = [port.get_any_name() for port in compiled.outputs]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        wanted = {name: value for name, value in feeds.items() if name in self.inputs}
+        results = self.request.infer(wanted, share_inputs=True)
+        return {name: np.array(results[name]) for name in self.outputs}
+
+
+class OpenVinoSession:
+    """The package's blobs, each imported on first use."""
+
+    name = "openvino"
+
+    def __init__(self, package: Package, entry: EngineEntry, threads: int | None) -> None:
+        import openvino as ov
+
+        self.package, self.entry = package, entry
+        self._core = ov.Core()
+        self._properties = {**PROPERTIES, **({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})}
+        self._components: dict[str, OpenVinoComponent] = {}
+
+    def component(self, name: str) -> OpenVinoComponent:
+        if name not in self._components:
+            blob = self.package.path(self.entry.components[name]).read_bytes()
+            try:
+                compiled = self._core.import_model(blob, DEVICE, self._properties)
+            except RuntimeError as error:
+                raise SdqError(
+                    f"OpenVINO refuses its own blob of {name}: {str(error).splitlines()[-1]}",
+                    f"Build it again: sdq-deploy build {self.package.folder} --engine openvino",
+                ) from error
+            self._components[name] = OpenVinoComponent(compiled)
+        return self._components[name]
+
+    def stepper(
+        self, latents: np.ndarray, guidance_scale: float, coefficients: np.ndarray, prompt: Arrays
+    ) -> OpenVinoStepper:
+        return OpenVinoStepper(self.component(DENOISER), latents, guidance_scale, coefficients, prompt)
+
+
+class OpenVinoStepper:
+    """A run whose inputs are bound once; a step writes a few kilobytes and infers."""
+
+    def __init__(
+        self,
+        denoiser: OpenVinoComponent,
+        latents: np.ndarray,
+        guidance_scale: float,
+        coefficients: np.ndarray,
+        prompt: Arrays,
+    ) -> None:
+        self.request, self.coefficients = denoiser.request, coefficients
+        self.buffers: Arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in prompt.items()}
+        self.buffers["latents"] = np.array(latents, np.float32)
+        self.buffers["guidance_scale"] = np.array(guidance_scale, np.float32)
+        self.buffers["step"] = np.zeros((), np.int64)
+        self.buffers["coefficients"] = np.zeros(coefficients.shape[1], np.float32)
+        for name in sorted(denoiser.inputs - set(self.buffers)):  # history, noise
+            self.buffers[name] = np.zeros(_extra_shape(name, denoiser, latents), np.float32)
+        for name, buffer in self.buffers.items():
+            self.request.set_tensor(name, _tensor(buffer))
+        self.state = [name for name in ("latents", "history") if name in denoiser.inputs]
+
+    def step(self, index: int, noise: np.ndarray | None) -> None:
+        self.buffers["step"][...] = index
+        self.buffers["coefficients"][...] = self.coefficients[index]
+        if noise is not None:
+            self.buffers["noise"][...] = noise
+        self.request.infer()
+        for name in self.state:
+            self.buffers[name][...] = self.request.get_tensor(f"{name}_out").data
+
+    def latents(self) -> np.ndarray:
+        return np.array(self.buffers["latents"])
+
+
+def _extra_shape(name: str, denoiser: OpenVinoComponent, latents: np.ndarray) -> tuple[int, ...]:
+    if name == "noise":
+        return latents.shape
+    history = denoiser.request.get_compiled_model().input(name).get_partial_shape()[1].get_length()
+    return (latents.shape[0], history, *latents.shape[1:])
+
+
+def _tensor(buffer: np.ndarray) -> Any:
+    """An OpenVINO tensor over the buffer's own memory."""
+    import openvino as ov
+
+    return ov.Tensor(buffer, shared_memory=True)

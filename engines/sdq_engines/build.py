@@ -1,0 +1,214 @@
+"""Add an engine to a package. The builder runs in a child process: if it crashes, the package is as it was.
+
+package = build_engine(open_package("package"), "tensorrt-rtx", ShapeProfile(batch_max=4))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
+from sdq_engines.errors import SdqError
+from sdq_engines.files import atomic_write_json
+from sdq_engines.package.editor import PackageEditor
+from sdq_engines.package.layout import ENGINES, engine_folder
+from sdq_engines.package.schema import EngineEntry, KernelCounts, ShapeProfile
+from sdq_engines.package.store import Package
+from sdq_engines.process import how_it_died
+
+__all__ = ["Progress", "build_engine", "choose_engine"]
+
+#: Called with the component and what is being done to it, when that changes.
+Progress = Callable[[str, str], None]
+
+_STAGING = ".building-"
+_LOG_LINES = 12
+_POLL_SECONDS = 0.05
+
+
+def choose_engine(name: str) -> str:
+    """`name` itself after a check, or for "auto" the fastest engine that can be built and run on this machine.
+
+    Raises:
+        SdqError: unknown name; or nothing works here, with what each engine lacks.
+    """
+    check_engine_name(name)
+    if name != AUTO:
+        found = backend(name).available()
+        if not found.builds:
+            raise SdqError(
+                f"{name} cannot build here: {found.reason or 'the extra [build] is not installed'}.", found.hint
+            )
+        return name
+    chosen, seen = fastest(to_build=True)
+    if chosen is None:
+        why = "; ".join(f"{engine}: {found.reason}" for engine, found in seen.items())
+        raise SdqError(f"No engine works on this machine ({why}).", "pip install 'sdq-deploy[cpu]'")
+    return chosen
+
+
+def build_engine(
+    package: Package,
+    engine: str,
+    profile: ShapeProfile | None = None,
+    options: dict[str, Any] | None = None,
+    on_progress: Progress | None = None,
+) -> Package:
+    """Build `engine` ("auto" allowed) and list it in the manifest; an engine of the same name is replaced.
+
+    Args:
+        package: a checked package (`open_package`).
+        engine: a name of `backends.registry`.
+        profile: images per call; by default one, up to four, tuned for one.
+        options: of the backend, e.g. {"fp32": ["vae_decoder"]}.
+        on_progress: hears the component and stage.
+
+    Returns:
+        The package with its new manifest.
+
+    Raises:
+        SdqError: unknown engine, its library is missing, the builder refused or crashed (with the end of its log), or
+            the package cannot be written. The package is then as it was.
+    """
+    engine = choose_engine(engine)
+    profile = profile or ShapeProfile()
+    if not profile.batch_min <= profile.batch_opt <= profile.batch_max:
+        raise SdqError(
+            f"The shape profile is not ordered: min {profile.batch_min}, opt {profile.batch_opt}, max {profile.batch_max}.",
+            "Give --batch-min <= --batch-opt <= --batch-max.",
+        )
+    with _staging(package) as folder:
+        job = {
+            "package": str(package.folder.resolve()),
+            "engine": engine,
+            "profile": profile.model_dump(),
+            "options": options or {},
+        }
+        atomic_write_json(folder / "job.json", job)
+        result = _run_child(folder, engine, on_progress)
+        return _adopt(package, engine, profile, result, folder / "out")
+
+
+@contextlib.contextmanager
+def _staging(package: Package) -> Iterator[Path]:
+    """A folder in the package for the child to work in; gone at the end, whatever happened."""
+    engines = package.folder / ENGINES
+    existed = engines.is_dir()
+    folder = engines / f"{_STAGING}{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True)
+        for stale in engines.glob(f"{_STAGING}*"):  # of a build that was killed
+            if stale != folder and time.time() - stale.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(stale, ignore_errors=True)
+    except OSError as error:
+        raise SdqError(f"The package at {package.folder} cannot be written: {error.strerror or error}.") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not existed and not any(engines.iterdir()):
+            engines.rmdir()
+
+
+def _run_child(folder: Path, engine: str, on_progress: Progress | None) -> dict[str, Any]:
+    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if engine == "tensorrt-rtx" else "0"}
+    with (folder / "builder.log").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "sdq_engines.build_child", str(folder)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
+        last = ""
+        try:
+            for component, stage in _events(folder / "events.jsonl", child):
+                last = f"{stage} {component}"
+                if on_progress is not None:
+                    on_progress(component, stage)
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+    if (folder / "result.json").is_file():
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if "error" not in result:
+            return result
+        raise SdqError(result["error"], _hint(folder, result["hint"]))
+    died = how_it_died(child.returncode) or f"stopped with exit code {child.returncode}"
+    raise SdqError(
+        f"The builder of {engine} {died} while {last or 'starting'}; the package is as it was.",
+        _hint(folder, "Try again with more free memory or --batch-max 1, or another engine: sdq-deploy doctor"),
+    )
+
+
+def _events(path: Path, child: subprocess.Popen[bytes]) -> Iterator[tuple[str, str]]:
+    """What the child reports, as it reports it, until it ends."""
+    position, running = 0, True
+    while running:
+        running = child.poll() is None
+        if path.is_file():
+            with path.open(encoding="utf-8") as handle:
+                handle.seek(position)
+                lines = handle.read()
+            whole = lines[: lines.rfind("\n") + 1]
+            position += len(whole.encode("utf-8"))
+            for line in whole.splitlines():
+                event = json.loads(line)
+                yield event["component"], event["stage"]
+        if running:
+            time.sleep(_POLL_SECONDS)
+
+
+def _hint(folder: Path, advice: str) -> str:
+    text = (folder / "builder.log").read_text(encoding="utf-8", errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()][-_LOG_LINES:]
+    log = "\n".join(f"  | {line[:300]}" for line in lines)
+    return f"{advice}\nThe builder's log ended with:\n{log}" if lines else advice
+
+
+def _adopt(package: Package, engine: str, profile: ShapeProfile, result: dict[str, Any], out: Path) -> Package:
+    """Move the child's files into the package under a fresh name, then let the manifest point at them."""
+    editor = PackageEditor.open(package)
+    folder = f"{engine_folder(engine)}/{uuid.uuid4().hex[:8]}"
+    made = {component: file for component, file in result["components"].items() if file is not None}
+    size = sum((out / file).stat().st_size for file in made.values())
+    entry = EngineEntry(
+        backend=engine,
+        version=result["version"],
+        target=result["target"],
+        profile=profile,
+        components={
+            component: f"{folder}/{made[component]}" if component in made else package.manifest.components[component]
+            for component in result["components"]
+        },
+        options=result["options"],
+        kernels=KernelCounts(**result["kernels"]) if result["kernels"] else None,
+        build_seconds=result["build_seconds"],
+        peak_memory_bytes=result["peak_memory_bytes"],
+        bytes_on_disk=size,
+    )
+    try:
+        for file in made.values():
+            editor.move_file(f"{folder}/{file}", out / file)
+        for old in package.manifest.files:
+            if old.startswith(f"{engine_folder(engine)}/"):
+                editor.drop(old)
+        engines = {**package.manifest.engines, engine: entry}
+        return editor.commit(package.manifest.model_copy(update={"engines": engines}))
+    except OSError as error:
+        editor.abandon()
+        raise SdqError(f"The package at {package.folder} cannot be written: {error.strerror or error}.") from error
+    except BaseException:
+        editor.abandon()
+        raise

@@ -1,0 +1,137 @@
+"""Open a package: nothing in it is parsed before its manifest, its paths and every hash have been checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from sdq_engines.errors import SdqError
+from sdq_engines.package.layout import MANIFEST, model_file
+from sdq_engines.package.paths import check_paths, refuse_symlinks
+from sdq_engines.package.schema import SCHEMA_VERSION, EngineEntry, Manifest
+from sdq_engines.package.verify import check_files
+
+__all__ = ["Package", "Verify", "open_package", "read_manifest"]
+
+#: "full" hashes every file; "cached" hashes those whose size or time changed since the last full check.
+Verify = Literal["full", "cached"]
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package whose manifest and files have been checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, relative: str) -> Path:
+        """The file of this name in the manifest, on this machine."""
+        return self.folder.joinpath(*relative.split("/"))
+
+    def component(self, name: str) -> Path:
+        """The canonical ONNX graph of a component."""
+        return self.path(self.manifest.components.get(name, model_file(name)))
+
+    def engine(self, name: str) -> EngineEntry:
+        """The engine's entry.
+
+        Raises:
+            SdqError: the package has no such engine.
+        """
+        entry = self.manifest.engines.get(name)
+        if entry is None:
+            has = ", ".join(self.manifest.engines) or "none"
+            raise SdqError(
+                f"The package at {self.folder} has no engine {name!r}; it has: {has}.",
+                f"Build it: sdq-deploy build {self.folder} --engine {name}",
+            )
+        return entry
+
+
+def open_package(folder: str | Path, verify: Verify = "full", on_bytes: Callable[[int], None] | None = None) -> Package:
+    """Check a package and return it.
+
+    Args:
+        folder: the package's folder.
+        verify: "full" hashes every file; "cached" trusts files whose size and modification time are those of the last
+            full check on this machine (see `package.verify`).
+        on_bytes: hears how many bytes were hashed, for a progress bar.
+
+    Raises:
+        SdqError: it is not a package, it was written by a newer sdq-deploy, a path leads outside it, it has a symlink,
+            or a file is missing or changed. Each names the file and the command that mends it.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    check_paths(root, manifest)
+    refuse_symlinks(root)
+    check_files(root, manifest, cached=verify == "cached", on_bytes=on_bytes)
+    return Package(root, manifest)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Read and check manifest.json alone; no other file is looked at."""
+    if not root.is_dir():
+        raise SdqError(
+            f"There is no package at {root}: {_what(root)}.", "Make one: sdq-deploy export MODEL --out PACKAGE"
+        )
+    path = root / MANIFEST
+    if path.is_symlink():
+        raise SdqError(
+            f"{path} is a symlink; a package holds plain files only.", "Get the package again from its source."
+        )
+    if not path.is_file():
+        raise SdqError(
+            f"{root} is not a package: it has no {MANIFEST}.", "Make one: sdq-deploy export MODEL --out PACKAGE"
+        )
+    content = _read_json(path)
+    if content.get("kind") != "sdq-package":
+        raise SdqError(f"{path} is not a package's manifest: its kind is {content.get('kind')!r}.")
+    if content.get("status") == "incomplete":
+        raise SdqError(
+            f"The package at {root} is incomplete: its export was interrupted.", "Run the same export again."
+        )
+    _check_version(root, content.get("schema_version"))
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SdqError(
+            f"{path} is damaged: {where}: {first['msg']} ({error.error_count()} problems in all).",
+            "Get the package again from its source, or export it again.",
+        ) from error
+
+
+def _what(root: Path) -> str:
+    return "that is a file, a folder is wanted" if root.exists() else "the folder does not exist"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SdqError(f"{path} cannot be read as JSON: {error}.", "Get the package again from its source.") from error
+    if not isinstance(content, dict):
+        raise SdqError(f"{path} is not a package's manifest: it holds a {type(content).__name__}, not an object.")
+    return content
+
+
+def _check_version(root: Path, version: object) -> None:
+    if not isinstance(version, int):
+        raise SdqError(f"The package at {root} names no schema version.", "Export it again.")
+    if version > SCHEMA_VERSION:
+        try:
+            ours = metadata.version("sdq-deploy")
+        except metadata.PackageNotFoundError:
+            ours = "as installed here"
+        raise SdqError(
+            f"The package at {root} has schema version {version}; this sdq-deploy ({ours}) reads up to {SCHEMA_VERSION}.",
+            "Install a newer one: pip install --upgrade sdq-deploy",
+        )
