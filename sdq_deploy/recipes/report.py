@@ -31,7 +31,12 @@ def _describe(model: type[BaseModel], details: ErrorDetails) -> str:
 def _allowed(kind: str, context: dict[str, Any], message: str) -> str:
     if kind == "literal_error":
         return str(context["expected"])
-    bounds = {"greater_than_equal": ("ge", ">="), "greater_than": ("gt", ">"), "less_than_equal": ("le", "<="), "less_than": ("lt", "<")}
+    bounds = {
+        "greater_than_equal": ("ge", ">="),
+        "greater_than": ("gt", ">"),
+        "less_than_equal": ("le", "<="),
+        "less_than": ("lt", "<"),
+    }
     if kind in bounds:
         name, sign = bounds[kind]
         return f"{sign} {context[name]}"

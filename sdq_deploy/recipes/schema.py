@@ -145,7 +145,9 @@ class Freezing(_Section):
     @model_validator(mode="after")
     def _falling(self) -> Freezing:
         if self.threshold_end > self.threshold_start:
-            raise ValueError(f"threshold_end {self.threshold_end} must be at most threshold_start {self.threshold_start}")
+            raise ValueError(
+                f"threshold_end {self.threshold_end} must be at most threshold_start {self.threshold_start}"
+            )
         return self
 
 

@@ -22,7 +22,7 @@ from sdq_deploy.training.lsq import broadcast_scale, fake_quantize_lsq, sample_s
 from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite
 from sdq_export.stepping import StepDenoiser, StepState
 
-__all__ = ["BACKEND", "activation_quantizers", "insert_quantizers", "import_modelopt", "weight_quantizers"]
+__all__ = ["BACKEND", "activation_quantizers", "import_modelopt", "insert_quantizers", "weight_quantizers"]
 
 #: Name under which modelopt's TensorQuantizer finds our forward.
 BACKEND = "sdq-lsq"

@@ -1,0 +1,226 @@
+"""Stage fit: parallel training with inter-layer distillation and selective freezing (docs/quantization.md).
+
+The best state is chosen by the student's own sampling of held-out prompts, the initialization among the candidates,
+so training never returns less than it began with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sdq_deploy.training.batches import Batch, make_source
+from sdq_deploy.training.context import TrainingContext
+from sdq_deploy.training.curves import draw_curves
+from sdq_deploy.training.dataset import load_split
+from sdq_deploy.training.ema import MovingAverage
+from sdq_deploy.training.freezing import FreezingTracker
+from sdq_deploy.training.guidance import ModelOutputs, predict_outputs
+from sdq_deploy.training.log import TrainingLog, read_log
+from sdq_deploy.training.losses import distillation_loss, layer_outputs, output_loss
+from sdq_deploy.training.student import Student, parameter_groups
+from sdq_deploy.training.trajectory import trajectory_snr
+from sdq_engines.files import atomic_write, atomic_write_json
+from sdq_export.stepping import StepDenoiser
+
+__all__ = ["BEST", "RESULT", "Fitting", "fit", "learning_rate_factor"]
+
+BEST, RESULT, RESUME = "best.safetensors", "result.json", "resume.pt"
+
+
+def fit(context: TrainingContext, inputs: str) -> None:
+    """Train the student, from the resume point if there is one, and leave its best state in the fit folder.
+
+    Args:
+        context: the training.
+        inputs: hash of all that the fit depends on; a resume point made from other inputs is ignored.
+    """
+    fitting = Fitting(context, inputs)
+    fitting.run()
+    if context.accelerator.is_main_process:
+        draw_curves(read_log(context.folder.log), context.folder.curves)
+        (context.folder.fit / RESUME).unlink(missing_ok=True)
+
+
+def learning_rate_factor(step: int, total: int, warmup: int) -> float:
+    """Linear warm-up, then a cosine to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+class _Trainee(nn.Module):
+    """What accelerate prepares: mixed precision and gradient exchange wrap this, measuring calls the denoiser bare."""
+
+    def __init__(self, denoiser: StepDenoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, latents: Tensor, steps: Tensor, text_embeddings: Tensor) -> Tensor:
+        output: Tensor = self.denoiser(latents, steps, text_embeddings)
+        return output
+
+
+class Fitting:
+    """The state of one fit: student, optimizer, what is known of oscillation, and the best state so far."""
+
+    def __init__(self, context: TrainingContext, inputs: str) -> None:
+        self.context, self.inputs, self.recipe = context, inputs, context.recipe.fit
+        self.accelerator, self.folder = context.accelerator, context.folder.fit
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scales = load_file(context.folder.scales)
+        self.student = Student(context.source.unet, context.timesteps, context.spec, scales)
+        self.student.denoiser.to(context.device)
+        self.scale_start = self._scale_levels()
+        if self.recipe.gradient_checkpointing:
+            self.student.denoiser.enable_gradient_checkpointing()
+        groups = parameter_groups(self.student, self.recipe)
+        optimizer = torch.optim.AdamW(groups, betas=self.recipe.betas, fused=context.device.type in ("cpu", "cuda"))
+        self.trainee, self.optimizer = self.accelerator.prepare(_Trainee(self.student.denoiser), optimizer)
+        self.sensitive: list[str] = json.loads(context.folder.sensitivity.read_text(encoding="utf-8"))["sensitive"]
+        self.freezing = FreezingTracker(self.student, self.sensitive, context.recipe.freezing)
+        self.average = MovingAverage(self.student.denoiser, self.recipe.ema_decay)
+        self.training, self.held_out = (load_split(context.folder.dataset, name) for name in ("training", "validation"))
+        self.source = make_source(context, self.training)
+        self.step, self.result = 0, {}
+
+    def run(self) -> None:
+        """All steps from here to the recipe's last."""
+        total = self.recipe.max_train_steps
+        self._load_resume()
+        with (
+            TrainingLog(self.context.folder.log, self.step, self.accelerator.is_main_process) as log,
+            self.context.bar("fit", total, self.step) as advance,
+        ):
+            if not self.result:
+                log.write(0, self._validate())
+            while self.step < total:
+                record = self._train_step()
+                if self.step % self.recipe.validate_every == 0 or self.step == total:
+                    record |= self._validate()
+                log.write(self.step, record)
+                advance()
+                if self.step % self.recipe.checkpoint_every == 0 and self.step < total:
+                    self._save_resume()
+
+    def _train_step(self) -> dict[str, float]:
+        """One iteration; returns what the log wants of it."""
+        batch = self.source.batch(self.step)
+        factor = learning_rate_factor(self.step, self.recipe.max_train_steps, self.recipe.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        outputs, losses = self._losses(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(losses["loss"])
+        norm = self.accelerator.clip_grad_norm_(self.trainee.parameters(), self.recipe.max_grad_norm)
+        self.optimizer.step()
+        self.source.observe(self.step, outputs.detach())
+        self.step += 1
+        self.freezing.after_step(self.step, self.recipe.max_train_steps)
+        self.average.update()
+        reduced = {name: float(self.accelerator.reduce(loss.detach(), "mean")) for name, loss in losses.items()}
+        return reduced | {"gradient_norm": float(norm)} | self._describe()
+
+    def _losses(self, batch: Batch) -> tuple[ModelOutputs, dict[str, Tensor]]:
+        """The student's outputs and the losses on them; the teacher runs only where the dataset does not answer."""
+        layers = self.sensitive if self.recipe.ild_weight > 0 else []
+        target, features = batch.target, {}
+        if target is None:
+            target, features = self._teach(batch, layers)
+        elif layers:
+            with self.accelerator.autocast():
+                _, features = self._teach(batch, layers)
+        with layer_outputs(self.student.denoiser, layers) as hidden:
+            outputs = predict_outputs(self.trainee, batch.latents, batch.steps, batch.embeddings, batch.empty)
+        scale = self.context.recipe.sampling.guidance_scale
+        losses = {"loss_output": output_loss(outputs, target, self.recipe.loss, scale)}
+        losses["loss"] = losses["loss_output"]
+        if layers:
+            losses["loss_ild"] = distillation_loss(hidden, features)
+            losses["loss"] = losses["loss_output"] + self.recipe.ild_weight * losses["loss_ild"]
+        return outputs, losses
+
+    @torch.no_grad()
+    def _teach(self, batch: Batch, layers: list[str]) -> tuple[ModelOutputs, dict[str, Tensor]]:
+        teacher = self.context.teacher
+        with layer_outputs(teacher, layers) as hidden:
+            outputs = predict_outputs(teacher, batch.latents, batch.steps, batch.embeddings, batch.empty)
+        return outputs, dict(hidden)
+
+    def _validate(self) -> dict[str, float]:
+        """Sample the held-out prompts; keep the state if it is the best so far."""
+        with self.average.applied():
+            snr = trajectory_snr(self.context, self.student.denoiser, self.held_out)
+            if not self.result:
+                self.result = {"start_db": snr, "best_db": -math.inf, "best_step": 0}
+            if snr > self.result["best_db"]:
+                self.result |= {"best_db": snr, "best_step": self.step}
+                self._save_best()
+        return {"trajectory_snr_db": snr}
+
+    def _save_best(self) -> None:
+        if self.accelerator.is_main_process:
+            with atomic_write(self.folder / BEST) as temporary:
+                save_file(self.student.tensors(), temporary, metadata={"step": str(self.step)})
+            atomic_write_json(self.folder / RESULT, self.result)
+
+    def _describe(self) -> dict[str, float]:
+        weights, activations = self._scale_levels()
+        oscillating, frozen = self.freezing.fractions()
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        return {
+            "lr_weights": max((rate for name, rate in rates.items() if "scales" not in name), default=0.0),
+            "lr_scales": max((rate for name, rate in rates.items() if "scales" in name), default=0.0),
+            "weight_scale_ratio": math.exp(weights - self.scale_start[0]) if self.step else 1.0,
+            "activation_scale_ratio": math.exp(activations - self.scale_start[1]) if self.step else 1.0,
+            "oscillating": oscillating,
+            "frozen": frozen,
+        }
+
+    @torch.no_grad()
+    def _scale_levels(self) -> tuple[float, float]:
+        """Mean logarithm of the weight scales and of the activation scales."""
+        levels = []
+        for quantizers in (self.student.weight_quantizers, self.student.activation_quantizers):
+            logs = [quantizer.log_scale.flatten() for quantizer in quantizers.values()]
+            levels.append(float(torch.cat(logs).mean()) if logs else 0.0)
+        return levels[0], levels[1]
+
+    def _save_resume(self) -> None:
+        """Write all that continuing needs, whole or not at all."""
+        state = self.source.state()
+        pipeline = None if state is None else self.accelerator.gather(state.contiguous()).cpu()
+        if not self.accelerator.is_main_process:
+            return
+        saved = {
+            "inputs": self.inputs,
+            "step": self.step,
+            "result": self.result,
+            "student": self.student.denoiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "freezing": self.freezing.state_dict(),
+            "average": self.average.state_dict(),
+            "pipeline": pipeline,
+        }
+        with atomic_write(self.folder / RESUME) as temporary:
+            torch.save(saved, temporary)
+
+    def _load_resume(self) -> None:
+        path = self.folder / RESUME
+        if not path.is_file():
+            return
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["inputs"] != self.inputs:
+            return
+        self.step, self.result = saved["step"], saved["result"]
+        self.student.denoiser.load_state_dict(saved["student"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.freezing.load_state_dict(saved["freezing"])
+        self.average.load_state_dict(saved["average"])
+        if saved["pipeline"] is not None:
+            self.source.restore(saved["pipeline"])

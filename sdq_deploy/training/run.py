@@ -1,0 +1,119 @@
+"""One training from settings to quantized checkpoint: what `sdq-deploy train` and the demo call."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sdq_deploy.recipes.schema import Recipe
+from sdq_deploy.training.context import TrainingContext, TrainingSettings
+from sdq_deploy.training.dataset import INDEX
+from sdq_deploy.training.folder import RunFolder
+from sdq_deploy.training.runner import run_stages
+from sdq_engines.errors import SdqError
+from sdq_engines.files import claim_output
+from sdq_export.source import Source, load_source
+
+__all__ = ["make_accelerator", "read_settings", "run_training"]
+
+
+def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Any:
+    """accelerate's view of this process's devices, with the recipe's mixed precision."""
+    from accelerate import Accelerator
+
+    return Accelerator(mixed_precision=recipe.fit.mixed_precision, cpu=cpu)
+
+
+def run_training(
+    settings: TrainingSettings,
+    *,
+    source: Source | None = None,
+    resume: bool = False,
+    dataset: Path | None = None,
+    cpu: bool = False,
+    quiet: bool = False,
+) -> list[str]:
+    """Run every stage that is not done yet.
+
+    Args:
+        settings: what to train, where.
+        source: the loaded checkpoint; None loads `settings.model`.
+        resume: continue what the output folder holds.
+        dataset: another run, whose serial dataset is taken over where it fits.
+        cpu: stay on the CPU.
+        quiet: show no progress.
+
+    Returns:
+        Names of the stages that had to run.
+
+    Raises:
+        SdqError: the output is not ours, holds a run and `resume` is not given, or the settings do not work.
+        KeyboardInterrupt: with the command that continues as its message.
+    """
+    from sdq_deploy.cli.shared import new_progress
+
+    folder = RunFolder(claim_output(settings.out, "run"))
+    if folder.status_file.is_file() and not resume:
+        raise SdqError(
+            f"{settings.out} already holds a training (status: {folder.read_status()['status']}).",
+            f"Continue it with: {resume_command(settings)}, or give another --out.",
+        )
+    accelerator = make_accelerator(settings.recipe, cpu=cpu)
+    accelerator.wait_for_everyone()
+    progress = new_progress()
+    progress.disable = quiet or not accelerator.is_main_process
+    context = TrainingContext(settings, source or load_source(settings.model, settings.revision), accelerator, progress)
+    try:
+        with progress, _restored_unet(context):
+            if dataset is not None and accelerator.is_main_process:
+                _adopt_dataset(context, dataset)
+            accelerator.wait_for_everyone()
+            return run_stages(context, _record(settings))
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"Continue with: {resume_command(settings)}") from interrupt
+
+
+def resume_command(settings: TrainingSettings) -> str:
+    """The command that continues this training."""
+    return f"sdq-deploy train {_quoted(settings.model)} --out {_quoted(str(settings.out))} --resume"
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """The settings that a run folder records: model, revision, recipe, prompts, seed; empty where there is none."""
+    recorded: dict[str, Any] = RunFolder(out).read_status()["settings"]
+    return recorded
+
+
+def _record(settings: TrainingSettings) -> dict[str, Any]:
+    return {
+        "model": settings.model,
+        "revision": settings.revision,
+        "recipe": settings.recipe.model_dump(mode="json"),
+        "prompts": list(settings.prompts),
+        "seed": settings.seed,
+    }
+
+
+@contextlib.contextmanager
+def _restored_unet(context: TrainingContext) -> Any:
+    """Leave the source's modules on the CPU, where the caller had them."""
+    try:
+        yield
+    finally:
+        context.source.unet.to("cpu")
+
+
+def _adopt_dataset(context: TrainingContext, other: Path) -> None:
+    """Copy another run's serial dataset; the collect stage then keeps the shards that fit."""
+    source, target = RunFolder(other).dataset, context.folder.dataset
+    if not (source / INDEX).is_file() or (target / INDEX).is_file():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.glob("*.safetensors"):
+        shutil.copy2(path, target / path.name)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if " " in text else text

@@ -1,0 +1,131 @@
+"""Runs the stages in order; skips those whose inputs have not changed; says where a run stands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sdq_deploy.training.calibrate import calibrate
+from sdq_deploy.training.collect import collect
+from sdq_deploy.training.context import TrainingContext
+from sdq_deploy.training.fit import fit
+from sdq_deploy.training.precompute import precompute
+from sdq_deploy.training.save import save
+from sdq_deploy.training.sensitivity import sensitivity
+from sdq_export.checkpoint import CHECKPOINT_FOLDER
+
+__all__ = ["STAGES", "Stage", "run_stages", "stage_hashes"]
+
+#: Part of every hash: raised when a stage's result changes for the same inputs.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: as shown and recorded.
+        run: does the work; called with the hash of the stage's inputs.
+        inputs: what the result depends on, beside the stages in `after`; JSON values.
+        after: stages whose results this one reads.
+        everywhere: whether all processes work on it; otherwise the main one, while the others wait.
+    """
+
+    name: str
+    run: Callable[[TrainingContext, str], None]
+    inputs: Callable[[TrainingContext], Any]
+    after: tuple[str, ...] = ()
+    everywhere: bool = False
+
+
+def _collect_inputs(context: TrainingContext) -> Any:
+    recipe = context.recipe
+    return [
+        context.source.sha256,
+        context.sampler_settings.model_dump(mode="json"),
+        recipe.collect.model_dump(mode="json"),
+        context.prompt_hash,
+        context.seed,
+    ]
+
+
+def _calibrate_inputs(context: TrainingContext) -> Any:
+    return [context.spec.model_dump(mode="json"), context.recipe.calibrate.model_dump(mode="json")]
+
+
+def _fit_inputs(context: TrainingContext) -> Any:
+    fit_recipe = context.recipe.fit.model_dump(mode="json", exclude={"checkpoint_every"})
+    return [fit_recipe, context.recipe.freezing.model_dump(mode="json"), context.seed]
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("collect", collect, _collect_inputs, everywhere=True),
+    Stage("precompute", lambda context, _: precompute(context), lambda _: None, ("collect",)),
+    Stage("calibrate", lambda context, _: calibrate(context), _calibrate_inputs, ("collect",)),
+    Stage(
+        "sensitivity",
+        lambda context, _: sensitivity(context),
+        lambda context: context.recipe.sensitivity.model_dump(mode="json"),
+        ("collect", "calibrate"),
+    ),
+    Stage("fit", fit, _fit_inputs, ("collect", "calibrate", "sensitivity"), everywhere=True),
+    Stage("save", lambda context, _: save(context), lambda context: context.source_ref.model_dump(), ("fit",)),
+)
+
+
+def stage_hashes(context: TrainingContext) -> dict[str, str]:
+    """The hash of each stage's inputs, those of the stages it reads included."""
+    hashes: dict[str, str] = {}
+    for stage in STAGES:
+        content = [FORMAT, stage.name, stage.inputs(context), [hashes[name] for name in stage.after]]
+        hashes[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashes
+
+
+def run_stages(context: TrainingContext, settings: dict[str, Any]) -> list[str]:
+    """Bring a run to its end.
+
+    Args:
+        context: the training.
+        settings: recorded in run.json, so that --resume needs no options.
+
+    Returns:
+        Names of the stages that had to run.
+    """
+    hashes, ran = stage_hashes(context), []
+    main = context.accelerator.is_main_process
+    status = context.folder.read_status()
+    status["settings"] = settings
+    for stage in STAGES:
+        entry = status["stages"].get(stage.name, {})
+        if entry.get("done") and entry.get("inputs") == hashes[stage.name]:
+            continue
+        status["status"] = stage.name
+        status["stages"][stage.name] = {"inputs": hashes[stage.name], "done": False, "seconds": 0.0}
+        if main:
+            _withdraw_result(context)
+            context.folder.write_status(status)
+        started = time.perf_counter()
+        context.accelerator.wait_for_everyone()
+        if stage.everywhere or main:
+            stage.run(context, hashes[stage.name])
+        context.accelerator.wait_for_everyone()
+        status["stages"][stage.name] |= {"done": True, "seconds": round(time.perf_counter() - started, 2)}
+        ran.append(stage.name)
+        if main:
+            context.folder.write_status(status)
+    status["status"] = "complete"
+    if main:
+        context.folder.write_status(status)
+    return ran
+
+
+def _withdraw_result(context: TrainingContext) -> None:
+    """A checkpoint of earlier inputs must not be exported as this run's."""
+    shutil.rmtree(context.folder.path / CHECKPOINT_FOLDER, ignore_errors=True)

@@ -1,0 +1,28 @@
+"""Stage save: the best state as a quantized checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+from safetensors.torch import load_file
+
+from sdq_deploy.training.context import TrainingContext
+from sdq_deploy.training.fit import BEST, RESULT
+from sdq_export.checkpoint import CHECKPOINT_FOLDER, CheckpointInfo, save_checkpoint
+
+__all__ = ["save"]
+
+
+def save(context: TrainingContext) -> None:
+    """Write RUN/checkpoint from the fit's best state."""
+    result = json.loads((context.folder.fit / RESULT).read_text(encoding="utf-8"))
+    notes = {
+        "trajectory_snr_db": {"start": result["start_db"], "best": result["best_db"]},
+        "best_step": result["best_step"],
+        "recipe": context.recipe.model_dump(mode="json"),
+        "seed": context.seed,
+    }
+    info = CheckpointInfo(spec=context.spec, sampler=context.sampler_settings, source=context.source_ref, notes=notes)
+    with context.bar("save", 1) as advance:
+        save_checkpoint(context.folder.path / CHECKPOINT_FOLDER, info, load_file(context.folder.fit / BEST))
+        advance()
