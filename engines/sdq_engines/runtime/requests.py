@@ -1,0 +1,112 @@
+"""What a caller may ask of a package, and what it answers to the rest."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdq_engines.errors import SdqError
+from sdq_engines.package.schema import Manifest
+
+__all__ = ["ImageRequest", "check_sampler", "plan_images", "refuse_others"]
+
+#: Arguments of diffusers' pipelines that a compiled package cannot honour, and why.
+_REFUSED = {
+    "guidance_rescale": "the guidance combination is compiled into the package without it",
+    "eta": "the sampler's noise is compiled into the package",
+    "timesteps": "the timesteps are compiled into the package",
+    "sigmas": "the sigmas are compiled into the package",
+    "height": "the image size is compiled into the package",
+    "width": "the image size is compiled into the package",
+    "clip_skip": "the text encoder's output layer is compiled into the package",
+    "cross_attention_kwargs": "attention is compiled into the package",
+    "ip_adapter_image": "the package holds no image adapter",
+    "ip_adapter_image_embeds": "the package holds no image adapter",
+    "prompt_embeds": "the package encodes prompts itself",
+    "negative_prompt_embeds": "the package encodes prompts itself",
+    "generator": "noise comes from `seed`, which equals torch.Generator('cpu').manual_seed(seed)",
+    "latents": "the starting latents come from `seed`",
+    "output_type": "the result has both .images and .latents",
+    "callback_on_step_end": "use `callback`, which hears each step",
+}
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to make."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+
+
+def refuse_others(arguments: dict[str, Any]) -> None:
+    """Raises: SdqError: for the first argument given that the package cannot honour; None counts as not given."""
+    for name, value in arguments.items():
+        if value is None:
+            continue
+        if name not in _REFUSED:
+            raise SdqError(f"There is no argument {name!r}.", "See help(sdq_engines.Pipeline.__call__).")
+        raise SdqError(f"A package cannot honour {name}: {_REFUSED[name]}.")
+
+
+def check_sampler(manifest: Manifest, num_inference_steps: int | None, scheduler: str | None) -> None:
+    """Raises: SdqError: other steps or another scheduler than the package's were asked for."""
+    sampler = manifest.sampler
+    has = f"This package was exported with {sampler.scheduler} at {sampler.num_inference_steps} steps"
+    hint = (
+        "Export another package: sdq-deploy export RUN --out PACKAGE, from a run with that scheduler and those steps."
+    )
+    if num_inference_steps is not None and num_inference_steps != sampler.num_inference_steps:
+        raise SdqError(f"{has}; {num_inference_steps} steps were asked for.", hint)
+    plain = sampler.scheduler.removesuffix("Scheduler").lower()
+    if scheduler is not None and scheduler.removesuffix("Scheduler").lower().replace("-", "") != plain:
+        raise SdqError(f"{has}; the scheduler {scheduler} was asked for.", hint)
+
+
+def plan_images(
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None,
+    seed: int | Sequence[int] | None,
+    num_images_per_prompt: int,
+) -> list[ImageRequest]:
+    """One request per image, prompt by prompt.
+
+    Image i of the call gets the i-th seed of a list, or `seed + i`: any image can be made again alone by its own seed.
+
+    Raises:
+        SdqError: no prompt, or lists whose lengths do not fit.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or num_images_per_prompt < 1:
+        raise SdqError(
+            f"{len(prompts)} prompts with {num_images_per_prompt} images each make no image.", "Give a prompt."
+        )
+    negatives = _negatives(negative_prompt, len(prompts))
+    total = len(prompts) * num_images_per_prompt
+    seeds = _seeds(seed, total)
+    pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(num_images_per_prompt)]
+    return [ImageRequest(*pair, seed=number) for pair, number in zip(pairs, seeds, strict=True)]
+
+
+def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return [negative_prompt or ""] * count
+    if len(negative_prompt) != count:
+        raise SdqError(
+            f"{len(negative_prompt)} negative prompts were given for {count} prompts.", "Give one, or one each."
+        )
+    return list(negative_prompt)
+
+
+def _seeds(seed: int | Sequence[int] | None, total: int) -> list[int]:
+    if seed is None:
+        seed = secrets.randbits(32)
+    seeds = [seed + i for i in range(total)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != total:
+        raise SdqError(f"{len(seeds)} seeds were given for {total} images.", "Give one seed, or one per image.")
+    if outside := [number for number in seeds if not -(2**63) <= number < 2**64]:
+        raise SdqError(f"{outside[0]} is no seed; seeds are from -2**63 to 2**64 - 1, as torch's.")
+    return seeds
