@@ -19,6 +19,10 @@ __all__ = ["OPSET", "capture"]
 OPSET = 21
 """The first opset with INT4 and blocked DequantizeLinear."""
 
+# What a boolean attention mask adds to a score. The second is the most negative FP16 number: as far as softmax can
+# tell it is minus infinity, and an engine that computes in FP16 can hold it.
+_KEPT, _MASKED = 0.0, -65504.0
+
 
 def capture(
     module: nn.Module,
@@ -73,7 +77,7 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-):
+) -> Any:
     """Attention as MatMul, Softmax, MatMul, the form that every engine's fusion looks for.
 
     torchlib's own translation transposes the keys through three dynamic reshapes, which hide the shapes from engines.
@@ -84,7 +88,8 @@ def _attention(
     scaled = op.Mul(query, op.Constant(value_float=float(factor)))
     scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
     if attn_mask is not None:
-        scores = op.Add(scores, attn_mask)
+        masked = attn_mask.dtype == ir.DataType.BOOL
+        scores = op.Add(scores, op.Where(attn_mask, _KEPT, _MASKED) if masked else attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 

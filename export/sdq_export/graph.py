@@ -73,7 +73,7 @@ def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
         if np.array_equal(array_of(graph.initializers[name]), array):
             return graph.initializers[name]
         raise ValueError(f"the graph already has another constant {name}")
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 

@@ -107,7 +107,7 @@ def _text_projections(model: ir.Model, text_input: str) -> dict[str, ir.Node]:
         attention, _, part = (module_of(node) or "").rpartition(".")
         if part not in _PARTS:
             raise ir.passes.PreconditionError(
-                f"the text embeddings are also read by {node.name}; only keys and values of cross-attention may read them"
+                f"the text is also read by {node.name}; only keys and values of cross-attention may read it"
             )
         found[f"{attention}.{_PARTS[part]}"] = _last_of_module(node)
     return found

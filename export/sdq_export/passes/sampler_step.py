@@ -141,7 +141,7 @@ class SamplerStep(ir.passes.InPlacePass):
 
     def _guide(self, graph: ir.Graph, new: NodeList, prediction: ir.Value, guidance_scale: ir.Value) -> ir.Value:
         """uncond + guidance_scale * (cond - uncond), [batch, 1, C, h, w]."""
-        half = ["batch", *self.latent_shape]
+        half: list[int | str] = ["batch", *self.latent_shape]
         uncond, cond = new.split(prediction, ["sampler/uncond", "sampler/cond"], [half, half])
         difference = new.add("Sub", [cond, uncond], "sampler/cond_minus_uncond")
         scaled = new.add("Mul", [difference, guidance_scale], "sampler/guidance")
@@ -159,7 +159,7 @@ class SamplerStep(ir.passes.InPlacePass):
         coefficients: _Coefficients,
     ) -> list[ir.Value]:
         """M state + N guided (+ C noise), taken apart into latents and history."""
-        shape = ["batch", self.slots, *self.latent_shape]
+        shape: list[int | str] = ["batch", self.slots, *self.latent_shape]
         axis_1 = constant(graph, "sampler.axis_1", np.array([1], np.int64))
         rows = new.add("Unsqueeze", [state, axis_1], "sampler/state_rows", shape=["batch", 1, *shape[1:]])
         products = new.add(

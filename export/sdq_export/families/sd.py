@@ -1,0 +1,121 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet whose time path depends on the timestep alone, one VAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from sdq_engines.errors import SdqError
+from sdq_export.capture import capture
+from sdq_export.denoiser import TEXT_INPUT
+from sdq_export.source import Source
+from sdq_export.stepping import check_time_path
+
+__all__ = [
+    "FAMILY",
+    "capture_denoiser",
+    "capture_text_encoder",
+    "capture_vae_decoder",
+    "check_source",
+    "encode_prompts",
+    "latent_shape",
+    "pixels_per_latent",
+]
+
+FAMILY = "stable-diffusion"
+
+
+def check_source(source: Source) -> None:
+    """Refuse what this family's graphs would compute wrongly.
+
+    Raises:
+        SdqError: naming the component and its setting.
+    """
+    check_time_path(source.unet)
+    if getattr(source.text_encoder.config, "use_attention_mask", None):
+        raise SdqError("The text encoder's use_attention_mask=True is not supported: packages encode padded prompts.")
+    for setting in ("latents_mean", "latents_std", "shift_factor"):
+        if source.vae.config.get(setting) is not None:
+            raise SdqError(f"The VAE's {setting} is not supported; Stable Diffusion 1 and 2 have a scaling_factor alone.")
+
+
+def latent_shape(source: Source) -> tuple[int, int, int]:
+    """(C, h, w) of one image's latents at the checkpoint's own size."""
+    config = source.unet.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(config.in_channels), int(height), int(width)
+
+
+def pixels_per_latent(source: Source) -> int:
+    """How many pixels wide a latent pixel is: 8 for a VAE of four levels."""
+    return int(2 ** (len(source.vae.config.block_out_channels) - 1))
+
+
+def encode_prompts(source: Source, prompts: list[str]) -> Tensor:
+    """Text embeddings as diffusers' pipeline makes them, float32 [len(prompts), L, D]."""
+    tokenizer = source.tokenizer
+    tokens = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        embeddings: Tensor = source.text_encoder(tokens.input_ids, return_dict=False)[0]
+    return embeddings
+
+
+def capture_denoiser(unet: nn.Module, shape: tuple[int, int, int], tokens: int) -> ir.Model:
+    """The UNet: ``sample`` f32 [2*batch, C, h, w], ``timestep`` f32 [], ``text_embeddings`` f32 [2*batch, L, D]."""
+    config: Any = unet.config
+    inputs = {
+        "sample": torch.randn(2, *shape),
+        "timestep": torch.tensor(1.0),
+        "encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim),
+    }
+    model = capture(
+        unet,
+        inputs,
+        batched=["sample", "encoder_hidden_states"],
+        output="model_output",
+        batch="2*batch",
+        static={"return_dict": False},
+    )
+    # the forward's own argument name, which the exporter takes over
+    next(value for value in model.graph.inputs if value.name == "encoder_hidden_states").name = TEXT_INPUT
+    return model
+
+
+def capture_text_encoder(text_encoder: nn.Module, tokens: int) -> ir.Model:
+    """The text encoder: ``input_ids`` int64 [batch, L] to ``text_embeddings`` f32 [batch, L, D]."""
+    example = torch.zeros(2, tokens, dtype=torch.int64)
+    return capture(_TextEncoder(text_encoder), {"input_ids": example}, batched=["input_ids"], output=TEXT_INPUT)
+
+
+def capture_vae_decoder(vae: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
+    """The decoder: ``latents`` f32 [batch, C, h, w] as the sampler leaves them to ``images`` in [0, 1]."""
+    example = torch.randn(2, *shape)
+    return capture(_VaeDecoder(vae), {"latents": example}, batched=["latents"], output="images")
+
+
+class _TextEncoder(nn.Module):
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeddings: Tensor = self.text_encoder(input_ids, return_dict=False)[0]
+        return embeddings
+
+
+class _VaeDecoder(nn.Module):
+    """Scaling, decoding and the image processor's denormalization, as the end of diffusers' pipeline."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return (images / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,57 @@
+"""The source's CLIP tokenizer as one `tokenizer.json` that the torch-free runtime loads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from sdq_engines.errors import SdqError
+from sdq_engines.package.layout import TOKENIZER
+from sdq_engines.package.schema import TextInfo
+
+__all__ = ["text_info", "tokenizer_json"]
+
+_PROBES = ("a red circle", "", "Ünïcödé \U0001f534 \u4e00\u4e8c  it's 12.5%", "word " * 200)
+
+
+def tokenizer_json(tokenizer: Any) -> str:
+    """The tokenizer with padding and truncation as diffusers' pipeline uses it, in the format of `tokenizers`.
+
+    Args:
+        tokenizer: transformers' CLIPTokenizer.
+
+    Raises:
+        SdqError: its ids cannot be reproduced.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+        backend = convert_slow_tokenizer(tokenizer)
+    copied = Tokenizer.from_str(backend.to_str())
+    copied.enable_truncation(max_length=int(tokenizer.model_max_length))
+    copied.enable_padding(
+        length=int(tokenizer.model_max_length), pad_id=int(tokenizer.pad_token_id), pad_token=tokenizer.pad_token
+    )
+    for prompt in _PROBES:
+        wanted = tokenizer(
+            prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True
+        ).input_ids
+        if copied.encode(prompt).ids != list(wanted):
+            raise SdqError(
+                f"The tokenizer {type(tokenizer).__name__} cannot be packaged: its ids for {prompt[:20]!r} are not "
+                "reproduced by its tokenizer.json."
+            )
+    return str(copied.to_str())
+
+
+def text_info(tokenizer: Any) -> TextInfo:
+    """What the manifest says about it."""
+    return TextInfo(
+        tokenizer=TOKENIZER,
+        max_length=int(tokenizer.model_max_length),
+        pad_token_id=int(tokenizer.pad_token_id),
+        bos_token_id=int(tokenizer.bos_token_id),
+        eos_token_id=int(tokenizer.eos_token_id),
+    )
