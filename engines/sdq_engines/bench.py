@@ -49,7 +49,9 @@ class BenchReport:
         return asdict(self)
 
 
-def measure(call: Callable[[], object], runs: int, warm_up: int = 2, on_run: Callable[[], None] | None = None) -> Timing:
+def measure(
+    call: Callable[[], object], runs: int, warm_up: int = 2, on_run: Callable[[], None] | None = None
+) -> Timing:
     """Time `call` after warming up."""
     for _ in range(warm_up):
         call()

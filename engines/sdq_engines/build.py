@@ -6,6 +6,7 @@ package = build_engine(open_package("package"), "tensorrt-rtx", ShapeProfile(bat
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -43,12 +44,12 @@ def choose_engine(name: str) -> str:
         SdqError: unknown name; or nothing works here, with what each engine lacks.
     """
     check_engine_name(name)
+    if importlib.util.find_spec("onnx_ir") is None:
+        raise SdqError("Building needs onnx-ir, which is not installed.", "pip install 'sdq-deploy[build]'")
     if name != AUTO:
         found = backend(name).available()
         if not found.builds:
-            raise SdqError(
-                f"{name} cannot build here: {found.reason or 'the extra [build] is not installed'}.", found.hint
-            )
+            raise SdqError(f"{name} cannot build here: {found.reason or 'polygraphy is not installed'}.", found.hint)
         return name
     chosen, seen = fastest(to_build=True)
     if chosen is None:
@@ -84,7 +85,7 @@ def build_engine(
     profile = profile or ShapeProfile()
     if not profile.batch_min <= profile.batch_opt <= profile.batch_max:
         raise SdqError(
-            f"The shape profile is not ordered: min {profile.batch_min}, opt {profile.batch_opt}, max {profile.batch_max}.",
+            f"Batch min {profile.batch_min}, opt {profile.batch_opt} and max {profile.batch_max} are not in order.",
             "Give --batch-min <= --batch-opt <= --batch-max.",
         )
     with _staging(package) as folder:

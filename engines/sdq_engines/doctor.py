@@ -12,8 +12,20 @@ from sdq_engines.backends.registry import ENGINE_NAMES, backend, fastest
 
 __all__ = ["Diagnosis", "diagnose"]
 
-_PACKAGES = ("sdq-deploy", "numpy", "onnx", "onnx-ir", "polygraphy", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt",
-             "cuda-python", "torch", "diffusers")  # fmt: skip
+_PACKAGES = (
+    "sdq-deploy",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "polygraphy",
+    "onnxruntime",
+    "openvino",
+    "tensorrt-rtx",
+    "tensorrt",
+    "cuda-python",
+    "torch",
+    "diffusers",
+)
 
 
 @dataclass(frozen=True)
@@ -47,5 +59,3 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-

@@ -67,7 +67,7 @@ def count(package: Package, layers: Iterable[CompiledLayer]) -> KernelCounts | N
 
 
 def onnxruntime_counts(package: Package) -> KernelCounts | None:
-    """ONNX Runtime with Q/DQ fusion off computes quantized values in FP32: every quantized layer counts as fallen back."""
+    """ONNX Runtime with Q/DQ fusion off computes quantized values in FP32: every quantized layer has fallen back."""
     return count(package, [])
 
 

@@ -32,7 +32,7 @@ class FoldFp16Storage(ir.passes.InPlacePass):
             assert array is not None
             tensor = ir.tensor(array.astype(np.float32), name=output.name)
             constant = ir.Value(
-                name=output.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape
+                name=output.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape)
             )
             ir.convenience.replace_all_uses_with(output, constant)
             model.graph.remove(node, safe=True)

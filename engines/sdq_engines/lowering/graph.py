@@ -77,7 +77,7 @@ def replace_constant(value: ir.Value, array: np.ndarray) -> None:
     tensor = ir.tensor(array, name=value.name)
     value.const_value = tensor
     value.type = ir.TensorType(tensor.dtype)
-    value.shape = tensor.shape
+    value.shape = ir.Shape(array.shape)
 
 
 def apply(model: ir.Model, passes: list[ir.passes.PassBase]) -> ir.Model:

@@ -132,6 +132,6 @@ def _check_version(root: Path, version: object) -> None:
         except metadata.PackageNotFoundError:
             ours = "as installed here"
         raise SdqError(
-            f"The package at {root} has schema version {version}; this sdq-deploy ({ours}) reads up to {SCHEMA_VERSION}.",
+            f"The package at {root} has schema version {version}; sdq-deploy {ours} reads up to {SCHEMA_VERSION}.",
             "Install a newer one: pip install --upgrade sdq-deploy",
         )

@@ -53,7 +53,7 @@ def _check_size(root: Path, path: Path, relative: str, entry: FileEntry) -> tupl
     stat = path.stat()
     if stat.st_size != entry.size:
         raise SdqError(
-            f"{relative} in the package at {root} is damaged: it has {stat.st_size} bytes, the manifest says {entry.size}.",
+            f"{relative} in the package at {root} is damaged: it has {stat.st_size} bytes, not {entry.size}.",
             _mend(relative),
         )
     return stat.st_size, stat.st_mtime_ns

@@ -24,7 +24,8 @@ class NoiseStream:
     """One image's stream of standard normal noise; equal to `torch.Generator("cpu").manual_seed(seed)`.
 
     Args:
-        seed: as torch takes it, -2**63 to 2**64 - 1 (negative ones count back from 2**64; MT19937 uses the low 32 bits).
+        seed: as torch takes it, -2**63 to 2**64 - 1 (negative ones count back from 2**64).
+            MT19937 uses the low 32 bits.
     """
 
     def __init__(self, seed: int) -> None:

@@ -99,7 +99,7 @@ class NvidiaBackend:
         rebuild = f"Build it here: sdq-deploy build {package.folder} --engine {self.name}"
         if trt.__version__ != entry.version:
             raise SdqError(
-                f"The {self.name} engine was built by {self.library.module} {entry.version}; here is {trt.__version__}.",
+                f"The {self.name} engine was built by {self.name} {entry.version}; here is {trt.__version__}.",
                 rebuild,
             )
         device, _ = cuda.find_gpu()

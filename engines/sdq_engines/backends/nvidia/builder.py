@@ -56,7 +56,7 @@ def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildRes
 
 
 def shapes(graph: ir.Model, component: str, profile: ShapeProfile) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Each input's (min, opt, max) shape: "batch" counts images, in the text components texts (at most two per image)."""
+    """Each input's (min, opt, max) shape: "batch" counts images; in the text components texts, at most two an image."""
     sizes = (profile.batch_min, profile.batch_opt, profile.batch_max)
     if component in (TEXT_ENCODER, PROLOGUE):
         sizes = (1, 2, 2 * profile.batch_max)
@@ -126,7 +126,7 @@ def _listen(trt: Any) -> Any:
     """Make TensorRT log to us: its verbose layer list is kept, the rest of it goes to stderr from INFO up."""
     from polygraphy.backend.trt import util as trt_util
 
-    class LayerListLogger(trt.ILogger):  # type: ignore[misc,name-defined]
+    class LayerListLogger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.layers = ""

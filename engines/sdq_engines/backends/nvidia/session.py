@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,10 +73,8 @@ class _JitCache:
         config.set_runtime_cache(self.cache)
 
     def save(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the next start compiles again
             atomic_write_bytes(self.path, bytes(self.cache.serialize()))
-        except OSError:
-            pass  # the next start compiles again
 
 
 class NvidiaComponent:
@@ -148,7 +147,7 @@ class NvidiaComponent:
 
 
 class NvidiaStepper:
-    """A run on the device: a step copies its row of the tables, runs the denoiser and feeds the state back, all captured.
+    """A run on the device: a step runs the denoiser and feeds the state back, as one captured graph.
 
     One CUDA graph serves every step, since what changes between steps (the step index, the coefficient row, noise) is
     read from fixed buffers that are filled just before the launch.

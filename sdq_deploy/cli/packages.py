@@ -1,0 +1,359 @@
+"""Commands that need a package and no torch: run, build, inspect, verify, doctor, bench."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+from rich.status import Status
+
+from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
+
+if TYPE_CHECKING:
+    from sdq_engines.package.schema import ShapeProfile
+    from sdq_engines.package.store import Package
+    from sdq_engines.runtime.pipeline import Pipeline, PipelineOutput
+
+__all__ = ["register"]
+
+_PackageArgument = Annotated[Path, typer.Argument(help="The package's folder.", show_default=False)]
+_EngineOption = Annotated[str, typer.Option("--engine", help="auto, tensorrt, tensorrt-rtx, openvino or onnxruntime.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    for command in (run, build, inspect, verify, doctor, bench):
+        app.command(rich_help_panel="Packages (no torch needed)")(command)
+
+
+def run(
+    package: _PackageArgument,
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG; several images get -0, -1, … before .png.")] = Path(
+        "image.png"
+    ),
+    engine: _EngineOption = "auto",
+    seed: Annotated[int | None, typer.Option(help="Image i starts from seed + i; random if not given.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="The package's own if not given.")] = None,
+    num_images_per_prompt: Annotated[int, typer.Option("--num-images-per-prompt", "-n", min=1)] = 1,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Only the package's own is taken.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Only the package's own is taken.")] = None,
+    verify: Annotated[str, typer.Option(help="full: hash every file; cached: those changed since then.")] = "cached",
+    json: JsonOption = False,
+) -> None:
+    """Make images with a package.
+
+    Example: sdq-deploy run package "a red circle on a blue background" --seed 7 --out image.png
+    """
+    from sdq_engines.runtime.pipeline import Pipeline
+
+    started = time.perf_counter()
+    _check_output(out)
+    pipeline = Pipeline.load(package, engine=engine, verify=_verify_mode(verify))
+    loaded = time.perf_counter()
+    with _StepBar(pipeline, len(prompt) * num_images_per_prompt) as bar:
+        result = pipeline(
+            prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            scheduler=scheduler,
+            callback=bar,
+        )
+    files = _save(result, out)
+    seconds = {"load": round(loaded - started, 3), "images": round(time.perf_counter() - loaded, 3)}
+    if json:
+        print_json({"engine": pipeline.engine, "images": files, "seeds": result.seeds, "seconds": seconds})
+        return
+    for file, number in zip(files, result.seeds, strict=True):
+        _say(f"{file}  seed {number}", markup=False)
+    status_console.print(f"{pipeline.engine}: loaded in {seconds['load']} s, images in {seconds['images']} s")
+
+
+def build(
+    package: _PackageArgument,
+    engine: Annotated[
+        list[str], typer.Option("--engine", help="Repeatable: auto, tensorrt, tensorrt-rtx, openvino, onnxruntime.")
+    ],
+    batch_min: Annotated[int, typer.Option(min=1, help="Fewest images per call.")] = 1,
+    batch_opt: Annotated[int, typer.Option(min=1, help="Images per call that it is tuned for.")] = 1,
+    batch_max: Annotated[int, typer.Option(min=1, help="Most images per call.")] = 4,
+    fp32: Annotated[
+        list[str] | None,
+        typer.Option("--fp32", help="A component that NVIDIA engines compute in FP32, e.g. vae_decoder."),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Add engines to a package. Needs no torch, so it runs on the machine that will use them.
+
+    Example: sdq-deploy build package --engine tensorrt-rtx --batch-max 4
+    """
+    from sdq_engines.backends.registry import check_engine_name
+    from sdq_engines.build import choose_engine
+    from sdq_engines.package.schema import ShapeProfile
+    from sdq_engines.package.store import open_package
+
+    for name in engine:
+        check_engine_name(name)
+    _check_components(fp32 or [])
+    names = list(dict.fromkeys(choose_engine(name) for name in engine))
+    checked = open_package(package)
+    profile = ShapeProfile(batch_min=batch_min, batch_opt=batch_opt, batch_max=batch_max)
+    options = {"fp32": fp32} if fp32 else {}
+    for name in names:
+        checked = _build_one(checked, name, profile, options)
+        if not json:
+            _print_engine(name, checked.manifest.engines[name].model_dump())
+    if json:
+        print_json({name: checked.manifest.engines[name].model_dump(mode="json") for name in names})
+
+
+def inspect(package: _PackageArgument, json: JsonOption = False) -> None:
+    """Show what a package says about itself; no file but the manifest is read.
+
+    Example: sdq-deploy inspect package
+    """
+    from sdq_engines.package.store import read_manifest
+    from sdq_engines.summary import summary
+
+    content = summary(read_manifest(package))
+    if json:
+        print_json(content)
+        return
+    sampler, source, io = content["sampler"], content["source"], content["io"]
+    _say(
+        f"[bold]{content['name']}[/]  {content['precision']}, {content['family']}, "
+        f"{io['image_size'][1]}x{io['image_size'][0]} pixels"
+    )
+    _say(
+        f"sampler  {sampler['scheduler']}, {sampler['num_inference_steps']} steps, guidance {sampler['guidance_scale']}"
+    )
+    _say(f"source   {source['model']}, licence {source['license']}. {source['changes']}", markup=False)
+    for part, size in content["bytes"].items():
+        _say(f"  {part:24} {_megabytes(size)}")
+    for name, entry in content["engines"].items():
+        _print_engine(name, entry)
+
+
+def verify(package: _PackageArgument, json: JsonOption = False) -> None:
+    """Check a package's manifest, paths and every hash.
+
+    Example: sdq-deploy verify package
+    """
+    from sdq_engines.package.store import open_package, read_manifest
+
+    manifest = read_manifest(package)
+    total = sum(entry.size for entry in manifest.files.values())
+    with new_progress() as progress:
+        task = progress.add_task("hashing", total=max(total, 1))
+        open_package(package, on_bytes=lambda size: progress.advance(task, size))
+    if json:
+        print_json({"ok": True, "files": len(manifest.files), "bytes": total})
+    else:
+        _say(f"{package}: {len(manifest.files)} files, {_megabytes(total)}, all as the manifest says.")
+
+
+def doctor(json: JsonOption = False) -> None:
+    """Say which engines work on this machine, and why the others do not.
+
+    Example: sdq-deploy doctor
+    """
+    from dataclasses import asdict
+
+    from sdq_engines.doctor import diagnose
+
+    found = diagnose()
+    if json:
+        print_json(asdict(found))
+        return
+    _say(f"Python {found.python}, {found.platform}")
+    for name, engine in found.engines.items():
+        if engine.works:
+            _say(f"[green]works[/]  {name:13} {engine.version}  {engine.device}")
+        else:
+            builds = " (builds here)" if engine.builds else ""
+            _say(f"[red]no[/]     {name:13} {engine.reason}{builds}")
+            _say(f"       {'':13} {engine.hint}", markup=False)
+    _say(f"auto takes: {found.auto or 'nothing; install an engine first'}")
+
+
+def bench(
+    package: _PackageArgument,
+    engine: Annotated[
+        list[str] | None, typer.Option("--engine", help="Repeatable; all that work if not given.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    runs: Annotated[int, typer.Option(min=3, help="Timed runs of each part, after warm ones.")] = 10,
+    against: Annotated[
+        str | None, typer.Option(help="Also time diffusers, eager FP32, on this MODEL (needs the extra train).")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Time a package: each component and the whole call, warm, median.
+
+    Example: sdq-deploy bench package --engine openvino --against shapes-64
+    """
+    from sdq_engines.backends.registry import backend
+    from sdq_engines.bench import bench as measure
+    from sdq_engines.package.store import open_package
+    from sdq_engines.runtime.pipeline import Pipeline
+
+    checked = open_package(package, verify="cached")
+    names = engine or [name for name in checked.manifest.engines if backend(name).available().works] or ["auto"]
+    reports: list[dict[str, Any]] = []
+    with status_console.status("starting") as status:
+        for name in names:
+            stage = _stage_shower(status, name)
+            reports.append(measure(partial(Pipeline.from_package, checked, name), batch, runs, stage).as_dict())
+            if not json:
+                _print_bench(reports[-1])
+        eager = None
+        if against is not None:
+            status.update("diffusers: loading")
+            eager = _time_diffusers(against, checked.manifest, batch, runs)
+    if json:
+        print_json({"engines": reports, "diffusers": eager})
+    elif eager is not None:
+        _say(
+            f"[bold]diffusers[/], eager FP32: denoiser {_milliseconds(eager['denoiser'])} a step, "
+            f"end to end {_milliseconds(eager['end_to_end'])}"
+        )
+
+
+def _build_one(package: Package, name: str, profile: ShapeProfile, options: dict[str, Any]) -> Package:
+    from sdq_engines.build import build_engine
+
+    with status_console.status(f"{name}: starting") as status:
+        show = _stage_shower(status, name)
+        return build_engine(package, name, profile, options, lambda part, stage: show(f"{stage} {part}"))
+
+
+def _stage_shower(status: Status, name: str) -> Callable[[str], None]:
+    """What a long command is doing, beside its spinner."""
+    return lambda stage: status.update(f"{name}: {stage}")
+
+
+def _say(text: str, markup: bool = True) -> None:
+    """One line of a result, never wrapped: it may be piped."""
+    console.print(text, markup=markup, soft_wrap=True)
+
+
+def _verify_mode(value: str) -> Literal["full", "cached"]:
+    if value not in ("full", "cached"):
+        raise typer.BadParameter(f"{value!r} is neither full nor cached", param_hint="--verify")
+    return cast('Literal["full", "cached"]', value)
+
+
+def _check_components(names: list[str]) -> None:
+    from sdq_engines.errors import SdqError
+    from sdq_engines.package.layout import COMPONENTS
+
+    for name in names:
+        if name not in COMPONENTS:
+            raise SdqError(f"There is no component {name!r}.", f"Components: {', '.join(COMPONENTS)}.")
+
+
+def _check_output(out: Path) -> None:
+    """Before a model is loaded: the images can be written where they shall go."""
+    from sdq_engines.errors import SdqError
+
+    if out.is_dir():
+        raise SdqError(f"{out} is a folder; a file is wanted.", "Give a file: --out image.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _save(result: PipelineOutput, out: Path) -> list[str]:
+    from sdq_engines.files import atomic_write
+
+    files = []
+    for index, image in enumerate(result.images):
+        path = out if len(result.images) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix or '.png'}")
+        with atomic_write(path) as temporary:
+            image.save(temporary, format="PNG")
+        files.append(str(path))
+    return files
+
+
+class _StepBar:
+    """A bar over the denoising steps of all batches, shown once they have taken a second."""
+
+    def __init__(self, pipeline: Pipeline, images: int) -> None:
+        batches = -(-images // pipeline.session.entry.profile.batch_max)
+        self.total = batches * pipeline.manifest.sampler.num_calls
+        self.done, self.started = 0, time.monotonic()
+        self.progress: Any = None
+
+    def __enter__(self) -> _StepBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def __call__(self, event: object) -> None:
+        self.done += 1
+        if self.progress is None and time.monotonic() - self.started > 1:
+            self.progress = new_progress()
+            self.progress.start()
+            self.task = self.progress.add_task("denoising", total=self.total)
+        if self.progress is not None:
+            self.progress.update(self.task, completed=self.done)
+
+
+def _print_engine(name: str, entry: dict[str, Any]) -> None:
+    profile, kernels = entry["profile"], entry["kernels"]
+    _say(
+        f"[bold]{name}[/]  {entry['version']}, for {entry['target']}, "
+        f"{profile['batch_min']} to {profile['batch_max']} images (tuned for {profile['batch_opt']})"
+    )
+    _say(
+        f"  built in {entry['build_seconds']:.1f} s, peak memory {_megabytes(entry['peak_memory_bytes'])}, "
+        f"{_megabytes(entry['bytes_on_disk'])} on disk"
+    )
+    if kernels is None:
+        return
+    _say(
+        f"  of {kernels['quantized_layers']} quantized layers: {kernels['int8']} INT8 x INT8 kernels, "
+        f"{kernels['int4']} INT4, {len(kernels['fallback'])} in floating point"
+    )
+    # All of them is the engine's nature; some are worth naming.
+    if 0 < len(kernels["fallback"]) < kernels["quantized_layers"]:
+        for layer in kernels["fallback"]:
+            _say(f"    floating point: {layer}", markup=False)
+
+
+def _print_bench(report: dict[str, Any]) -> None:
+    _say(
+        f"[bold]{report['engine']}[/] {report['backend_version']}, {report['batch']} image(s) a call, "
+        f"loaded in {report['load_seconds']:.2f} s"
+    )
+    for name, timing in report["components"].items():
+        _say(f"  {name:14} {_milliseconds(timing)}")
+    _say(
+        f"  {'end to end':14} {_milliseconds(report['end_to_end'])}, {report['steps']} steps, "
+        f"{report['loop_outside_engine']:.2%} of the loop outside the engine"
+    )
+
+
+def _milliseconds(timing: dict[str, float]) -> str:
+    return f"{timing['median'] * 1e3:8.1f} ms"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def _time_diffusers(model: str, manifest: Any, batch: int, runs: int) -> dict[str, Any]:
+    require_extra("train", "torch", "diffusers", "transformers")
+    from dataclasses import asdict
+
+    from sdq_deploy.cli.eager import time_eager
+
+    return {name: asdict(timing) for name, timing in time_eager(model, manifest, batch, runs).items()}
