@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sdq_deploy.training.guidance import guide, predict_outputs
 from sdq_export.sampler import SamplerPlan, run_sampler
 from sdq_export.source import Source
 
@@ -53,34 +54,33 @@ def generate_images(
     guidance_scale: float,
     *,
     batch_size: int = 32,
-    progress: Callable[[int, int], Any] = lambda done, total: None,
+    progress: Callable[[int], Any] = lambda count: None,
 ) -> NDArray[np.uint8]:
     """One image for each prompt and seed, with classifier-free guidance against the empty prompt.
 
     Args:
         source: brings the text encoder and the VAE.
         denoiser: called as (latents [2B, C, h, w], steps int64 [2B], text_embeddings [2B, L, D]).
-        plan: the sampler.
+        plan: the sampler; a deterministic one.
         prompts, seeds: N of each.
         guidance_scale: w in uncond + w (cond - uncond).
-        progress: hears (images done, images in all).
+        progress: hears how many images were just finished.
 
     Returns:
         uint8 [N, H, W, 3].
     """
-    shape = (source.unet.config.in_channels, *[source.unet.config.sample_size] * 2)
+    config: Any = source.unet.config
     empty = encode_prompts(source, [""])
     images = []
     for first in range(0, len(prompts), batch_size):
         text = encode_prompts(source, prompts[first : first + batch_size])
-        both = torch.cat([empty.expand_as(text), text])
 
-        def predict(model_input: Tensor, step: int, both: Tensor = both) -> Tensor:
-            steps = torch.full((len(both),), step)
-            uncond, cond = denoiser(torch.cat([model_input, model_input]), steps, both).chunk(2)
-            return uncond + guidance_scale * (cond - uncond)
+        def predict(model_input: Tensor, step: int, text: Tensor = text) -> Tensor:
+            steps = torch.full((len(text),), step)
+            return guide(predict_outputs(denoiser, model_input, steps, text, empty), guidance_scale)
 
+        shape = (config.in_channels, config.sample_size, config.sample_size)
         noise = starting_noise(seeds[first : first + batch_size], shape)
         images.append(decode(source, run_sampler(plan, predict, noise)))
-        progress(min(first + batch_size, len(prompts)), len(prompts))
+        progress(len(text))
     return np.concatenate(images)
