@@ -201,7 +201,7 @@ def vae_decoder(shape: TinyShape) -> onnx.ModelProto:
 
 
 def _attention(g: Graph, name: str, q: str, k: str, v: str, width: int) -> str:
-    scaled = g.node("Mul", [q, g.const(f"{name}/scale", np.float32(width**-0.5))], f"{name}/scaled")
+    scaled = g.node("Mul", [q, g.const(f"{name}/root", np.float32(width**-0.5))], f"{name}/scaled")
     scores = g.node("MatMul", [scaled, g.node("Transpose", [k], f"{name}/kt", perm=[0, 2, 1])], f"{name}/scores")
     return g.node("MatMul", [g.node("Softmax", [scores], f"{name}/softmax", axis=-1), v], f"{name}/mixed")
 

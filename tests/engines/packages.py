@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from graphs import KEY, VALUE, TinyShape, component
 from safetensors.numpy import save
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
@@ -13,6 +12,7 @@ from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import COMPONENTS, LICENSE, SAMPLER, TOKENIZER, model_file
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo, SourceInfo, TextInfo
 from sdq_engines.package.store import Package
+from tests.engines.graphs import KEY, VALUE, TinyShape, component
 
 WORDS = ["a", "red", "green", "blue", "circle", "square", "triangle", "star", "on", "the", "left", "of", "above", "and"]
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

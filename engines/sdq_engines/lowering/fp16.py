@@ -50,6 +50,7 @@ class ToFloat16(ir.passes.InPlacePass):
         common.LiftConstantsToInitializersPass(lift_all_constants=True)(model)
         # Hand-made or edited values may carry no type; everything below decides by type.
         common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+        _complete_types(model)
         full = sampler_nodes(model)
         nodes = list(model.graph)
         typing = _Typing(model)
@@ -164,6 +165,15 @@ class _Typing:
         for name, value in list(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del self.graph.initializers[name]
+
+
+def _complete_types(model: ir.Model) -> None:
+    """Type what ONNX's inference leaves open (function operators such as GroupNormalization) like its input."""
+    for node in model.graph:
+        known = [value.dtype for value in node.inputs if value is not None and value.dtype is not None]
+        for output in node.outputs:
+            if output.dtype is None and known:
+                output.dtype = known[0]
 
 
 def _to_half(array: np.ndarray) -> np.ndarray:

@@ -1,0 +1,158 @@
+"""Each pass: the lowered graph computes what the canonical graph computes, and has the form that it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from sdq_engines.backends.onnxruntime import OnnxRuntimeComponent, open_session
+from sdq_engines.errors import SdqError
+from sdq_engines.lowering.fold_fp16_storage import FoldFp16Storage
+from sdq_engines.lowering.fp16 import ToFloat16
+from sdq_engines.lowering.graph import apply, array_of, quantized_layers
+from sdq_engines.lowering.regions import sampler_nodes
+from sdq_engines.lowering.scalar_scales import ScalarScales
+from sdq_engines.lowering.widen_int4 import WidenInt4
+from tests.engines.graphs import ATTENTION, TinyShape, denoiser, text_encoder, vae_decoder
+
+PRECISIONS = ["w8a8", "w4a8", "w4a16"]
+STATE = {"latents", "history", "noise", "guidance_scale", "coefficients", "latents_out", "history_out"}
+
+
+def lower(model: onnx.ModelProto, *passes: ir.passes.PassBase) -> onnx.ModelProto:
+    lowered = ir.to_proto(apply(ir.from_proto(model), list(passes)))
+    onnx.checker.check_model(lowered, full_check=True)
+    return lowered
+
+
+def feeds(model: onnx.ModelProto, batch: int = 2, seed: int = 0) -> dict[str, np.ndarray]:
+    random, made = np.random.default_rng(seed), {}
+    for value in model.graph.input:
+        sizes = {"batch": batch, "2*batch": 2 * batch}
+        shape = [sizes.get(dim.dim_param, dim.dim_value) for dim in value.type.tensor_type.shape.dim]
+        kind = value.type.tensor_type.elem_type
+        if value.name == "step":
+            made[value.name] = np.array(2)
+        elif kind == onnx.TensorProto.INT64:
+            made[value.name] = random.integers(0, 20, shape)
+        else:
+            dtype = np.float16 if kind == onnx.TensorProto.FLOAT16 else np.float32
+            made[value.name] = np.asarray(random.standard_normal(shape)).astype(np.float16).astype(dtype)
+    return made
+
+
+def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return OnnxRuntimeComponent(open_session(model.SerializeToString()), "cpu").run(inputs)
+
+
+def distance(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> float:
+    a, b = (np.concatenate([part.astype(np.float64).ravel() for part in side.values()]) for side in (left, right))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def weight_types(model: onnx.ModelProto) -> dict[str, np.dtype]:
+    found = {}
+    for layer in quantized_layers(ir.from_proto(model)):
+        assert layer.weight_dequantize is not None
+        array = array_of(layer.weight_dequantize.inputs[0])
+        assert array is not None
+        found[layer.name] = array.dtype
+    return found
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_widening_changes_types_and_no_value(precision: str) -> None:
+    model = denoiser(TinyShape(precision=precision))
+    lowered = lower(model, WidenInt4())
+    inputs = feeds(model)
+    assert distance(run(lowered, inputs), run(model, inputs)) == 0.0
+    kinds = weight_types(lowered)
+    assert kinds["mid_block.resnets.0.conv1"] == np.int8
+    linear = np.int8 if precision != "w4a16" else ml_dtypes.int4
+    assert kinds[f"{ATTENTION}.attn1.to_q"] == linear
+    if precision == "w4a8":
+        assert set(weight_types(model).values()) == {np.dtype(ml_dtypes.int4)}
+
+
+def test_widening_weight_only_layers_on_request() -> None:
+    model = denoiser(TinyShape(precision="w4a16"))
+    lowered = lower(model, WidenInt4(weight_only=True))
+    assert set(weight_types(lowered).values()) == {np.dtype(np.int8)}
+    inputs = feeds(model)
+    assert distance(run(lowered, inputs), run(model, inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("maker", [denoiser, text_encoder, vae_decoder])
+def test_folding_storage_is_exact(maker: Callable[[TinyShape], onnx.ModelProto]) -> None:
+    model = maker(TinyShape())
+    lowered = lower(model, FoldFp16Storage())
+    inputs = feeds(model)
+    assert distance(run(lowered, inputs), run(model, inputs)) == 0.0
+    assert any(node.op_type == "Cast" for node in model.graph.node)
+    assert not any(node.op_type == "Cast" for node in lowered.graph.node)
+
+
+def test_one_element_scales_become_scalars() -> None:
+    model = denoiser(TinyShape())
+    for constant in model.graph.initializer:
+        if constant.name.endswith(("/scale", "/zero")):
+            constant.dims.append(1)  # the form that TensorRT misreads
+    lowered = lower(model, ScalarScales())
+    scales = [list(c.dims) for c in lowered.graph.initializer if c.name.endswith(("/scale", "/zero"))]
+    assert scales
+    assert all(dims == [] for dims in scales)
+    inputs = feeds(model)
+    assert distance(run(lowered, inputs), run(model, inputs)) == 0.0
+
+
+@pytest.mark.parametrize("history", [0, 2])
+def test_the_sampler_is_found(history: int) -> None:
+    model = ir.from_proto(denoiser(TinyShape(history=history, stochastic=True)))
+    found = {node.name for node in sampler_nodes(model)}
+    wanted = {node.name for node in model.graph if node.name and node.name.startswith("sampler/")}
+    assert found == wanted | {"latents_out"}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fp16_keeps_the_state_in_fp32_and_the_distance_to_the_graph_small(precision: str) -> None:
+    model = denoiser(TinyShape(precision=precision, stochastic=True))
+    lowered = lower(model, WidenInt4(), ScalarScales(), ToFloat16())
+    inputs = feeds(model)
+    halves = feeds(lowered)
+    assert distance(run(lowered, halves), run(model, inputs)) < 6e-3
+    for value in (*lowered.graph.input, *lowered.graph.output):
+        kind = value.type.tensor_type.elem_type
+        if value.name in STATE:
+            assert kind == onnx.TensorProto.FLOAT, value.name
+        elif value.name != "step":
+            assert kind == onnx.TensorProto.FLOAT16, value.name
+    casts = [node for node in lowered.graph.node if node.op_type == "Cast"]
+    assert len(casts) == 2  # into the network and out of it
+    typed = {output.name: output.dtype for node in ir.from_proto(lowered).graph for output in node.outputs}
+    assert typed["sampler/guided"] == ir.DataType.FLOAT
+    assert typed["silu"] == ir.DataType.FLOAT16
+
+
+def test_fp16_clamps_what_it_cannot_hold_and_refuses_dead_scales() -> None:
+    model = text_encoder(TinyShape())
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(-3.4e38), "mask"))
+    last = model.graph.node[-1]
+    assert last.op_type == "Tanh"
+    model.graph.node.insert(
+        len(model.graph.node) - 1, onnx.helper.make_node("Max", [last.input[0], "mask"], ["masked"])
+    )
+    last.input[0] = "masked"
+    lowered = lower(model, ToFloat16())
+    masks = [onnx.numpy_helper.to_array(c) for c in lowered.graph.initializer if c.name == "mask/fp16"]
+    assert masks[0] == np.finfo(np.float16).min
+    quantized = denoiser(TinyShape())
+    for constant in quantized.graph.initializer:
+        if constant.name.endswith("conv1/scale"):
+            constant.CopyFrom(onnx.numpy_helper.from_array(np.float32(1e-9), constant.name))
+    with pytest.raises(SdqError, match="conv1/scale cannot be held in FP16"):
+        apply(ir.from_proto(quantized), [ToFloat16()])
