@@ -1,0 +1,69 @@
+"""`sdq-deploy demo`: the whole road on the embedded model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdq_deploy.cli.shared import JsonOption, console, print_json, require_extra
+
+__all__ = ["register"]
+
+_ENGINES = ("onnxruntime", "openvino", "tensorrt-rtx")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(rich_help_panel="Start here")(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("build/demo"),
+    engine: Annotated[
+        list[str] | None, typer.Option("--engine", help=f"Repeatable; by default {', '.join(_ENGINES)}.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=8, help="Held-out prompts to compare on.")] = 64,
+    max_train_steps: Annotated[
+        int | None, typer.Option(min=0, help="Fewer steps than the recipe's, for a quick look.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Train, export, build, run and compare on the embedded model, in a few minutes on a laptop's CPU.
+
+    Example: sdq-deploy demo --out build/demo
+    """
+    require_extra("train", "torch", "diffusers", "modelopt", "torchmetrics", "jinja2")
+    from sdq_deploy.cli.main import app
+    from sdq_deploy.demo.report import engine_table, variant_table, write_report
+    from sdq_deploy.demo.run import DemoSettings, run_demo
+
+    def command(arguments: list[str]) -> None:
+        # What the commands of the stages print as their results is progress here.
+        stdout, sys.stdout = sys.stdout, sys.stderr
+        try:
+            app(args=arguments, standalone_mode=False)
+        finally:
+            sys.stdout = stdout
+
+    options = [] if max_train_steps is None else ["--max-train-steps", str(max_train_steps)]
+    settings = DemoSettings(
+        out=out,
+        engines=tuple(engine or _ENGINES),
+        num_images=images,
+        train_options=tuple(options),
+        seed=seed,
+    )
+    report = run_demo(settings, command)
+    page = write_report(report, out)
+    if json:
+        print_json(report.model_dump())
+        return
+    console.print(variant_table(report))
+    console.print(engine_table(report))
+    total = sum(stage.seconds for stage in report.stages)
+    console.print(f"{total / 60:.1f} minutes. Look at {page}", soft_wrap=True)
+    console.print(f'Make an image: sdq-deploy run {out / "package"} "a red circle" --seed 7', soft_wrap=True)
