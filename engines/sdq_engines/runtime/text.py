@@ -48,14 +48,14 @@ class PromptTokenizer:
     def _row(self, prompt: str) -> list[int]:
         info = self.info
         begin = [info.bos_token_id] if info.bos_token_id >= 0 else []
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        encoded = self._tokenizer.encode(prompt, add_special_tokens=False)
+        ids = encoded.ids
         room = info.max_length - len(begin) - 1
         if len(ids) > room:
-            cut = self._tokenizer.decode(ids[room:])
             _logger.warning(
                 "The prompt is longer than the %d tokens that this model takes; the end was cut off: %r",
                 info.max_length,
-                cut,
+                prompt[encoded.offsets[room][0] :].strip(),
             )
         row = [*begin, *ids[:room], info.eos_token_id]
         return row + [info.pad_token_id] * (info.max_length - len(row))
