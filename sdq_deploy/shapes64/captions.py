@@ -18,10 +18,10 @@ __all__ = ["VOCABULARY", "caption_of"]
 
 #: Every word (and the comma) that a caption can hold.
 VOCABULARY: tuple[str, ...] = (
-    *("circle", "square", "triangle", "star", "cross"),
-    *("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"),
-    *("white", "gray", "black", "navy", "brown", "beige"),
-    *("plain", "gradient", "striped", "checkered", "cloudy", "background"),
+    *("circle", "square", "triangle", "cross", "ring"),
+    *("red", "yellow", "green", "cyan", "blue", "purple", "pink"),
+    *("white", "gray", "black", "navy"),
+    *("plain", "gradient", "striped", "checkered", "background"),
     *("small", "large", "left", "right", "top", "bottom", "middle", "above", "below"),
     *("a", "and", "at", "from", "in", "of", "on", "the", "to", ","),
 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 from sdq_deploy.shapes64.scenes import BACKGROUND_COLOURS, COLOURS, IMAGE_SIZE, Background, Scene, SceneObject
 
@@ -15,6 +15,8 @@ __all__ = ["render"]
 
 _SUPERSAMPLING = 4
 _TEXTURE_CONTRAST = 22.0  # grey levels between the two tones of a textured background
+
+_HOLE = 0.5  # of a ring, in radii
 
 _Point = tuple[float, float]
 
@@ -32,9 +34,10 @@ def _coverage(item: SceneObject) -> npt.NDArray[np.float32]:
     """How much of each pixel the object covers, float32 [64, 64, 1] in 0..1."""
     mask = Image.new("L", (IMAGE_SIZE * _SUPERSAMPLING,) * 2)
     draw = ImageDraw.Draw(mask)
-    if item.kind == "circle":
-        corners = ((-1.0, -1.0), (1.0, 1.0))
-        draw.ellipse(_on_canvas(item, corners), fill=255)
+    if item.kind in ("circle", "ring"):
+        draw.ellipse(_on_canvas(item, ((-1.0, -1.0), (1.0, 1.0))), fill=255)
+        if item.kind == "ring":
+            draw.ellipse(_on_canvas(item, ((-_HOLE, -_HOLE), (_HOLE, _HOLE))), fill=0)
     else:
         draw.polygon(_on_canvas(item, _OUTLINES[item.kind]), fill=255)
     return np.asarray(mask.reduce(_SUPERSAMPLING), dtype=np.float32)[..., None] / 255.0
@@ -46,15 +49,7 @@ def _on_canvas(item: SceneObject, points: Sequence[_Point]) -> list[_Point]:
     ]
 
 
-def _star() -> list[_Point]:
-    corners = []
-    for i in range(10):
-        angle, radius = math.pi * (i / 5 - 0.5), 1.12 if i % 2 == 0 else 0.52
-        corners.append((radius * math.cos(angle), radius * math.sin(angle)))
-    return corners
-
-
-def _cross(arm: float = 0.34, reach: float = 1.0) -> list[_Point]:
+def _cross(arm: float = 0.37, reach: float = 1.0) -> list[_Point]:
     a, r = arm, reach
     return [(-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r), (-a, r), (-a, a), (-r, a), (-r, -a), (-a, -a)]
 
@@ -62,8 +57,7 @@ def _cross(arm: float = 0.34, reach: float = 1.0) -> list[_Point]:
 # Corners in units of the radius, y downwards; none lies beyond scenes.EXTENT from the centre.
 _OUTLINES: dict[str, list[_Point]] = {
     "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
-    "triangle": [(0.0, -1.0), (1.06, 0.86), (-1.06, 0.86)],
-    "star": _star(),
+    "triangle": [(0.0, -1.0), (1.05, 0.86), (-1.05, 0.86)],
     "cross": _cross(),
 }
 
@@ -74,8 +68,7 @@ def _background(background: Background) -> npt.NDArray[np.float32]:
         return np.broadcast_to(colours[0], (IMAGE_SIZE, IMAGE_SIZE, 3))
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
     if background.pattern == "gradient":
-        along = (x - 32) * math.cos(background.angle) + (y - 32) * math.sin(background.angle)
-        ramp = (along / IMAGE_SIZE + 0.5)[..., None]
+        ramp = (y / IMAGE_SIZE)[..., None]
         return colours[0] * (1 - ramp) + colours[1] * ramp
     # Towards mid-grey, so that neither white nor black loses its texture to clipping.
     direction = -1.0 if colours[0].mean() > 128 else 1.0
@@ -84,16 +77,11 @@ def _background(background: Background) -> npt.NDArray[np.float32]:
 
 
 def _texture(background: Background, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The pattern in 0..1, float32 [64, 64]; all edges are a pixel soft."""
+    """The pattern in 0..1, float32 [64, 64], in cells of 8 pixels with edges a pixel soft."""
+    a, b = _wave(x), _wave(y)
     if background.pattern == "striped":
-        along = x if background.angle % math.pi < 0.1 else y
-        return _wave(along + background.phase)
-    if background.pattern == "checkered":
-        a, b = _wave(x + background.phase), _wave(y + background.phase)
-        return a + b - 2 * a * b
-    grain = np.random.Generator(np.random.PCG64(background.grain)).integers(0, 256, (8, 8), dtype=np.uint8)
-    cloud = Image.fromarray(grain).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-    return np.asarray(cloud.filter(ImageFilter.GaussianBlur(3)), dtype=np.float32) / 255.0
+        return a if background.vertical else b
+    return a + b - 2 * a * b
 
 
 def _wave(position: npt.NDArray[np.float32], period: float = 16.0) -> npt.NDArray[np.float32]:

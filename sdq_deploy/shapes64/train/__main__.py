@@ -12,13 +12,14 @@ Every trainer writes checkpoints to WORK and goes on from them with `--resume`.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from sdq_deploy.shapes64.paths import model_path
 from sdq_deploy.shapes64.splits import held_out_pairs, validation_pairs
-from sdq_deploy.shapes64.train.loop import LoopConfig
+from sdq_deploy.shapes64.train.loop import LoopConfig, run_in_processes
 
 _TRAINERS = {"vae": (1300, 2e-3), "classifier": (2500, 3e-3), "denoiser": (9000, 6e-4)}  # steps, peak learning rate
 
@@ -39,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--lr", type=float, default=peak_lr, help="peak of the one-cycle schedule")
         part.add_argument("--seed", type=int, default=0)
         part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        part.add_argument("--processes", type=int, default=1, help="processes that share each batch")
+        part.add_argument("--init", type=Path, help="checkpoint of an earlier cycle to start from")
         part.add_argument("--resume", action="store_true")
     assemble = parts.add_parser("assemble", help="write the trained parts as one diffusers folder")
     assemble.add_argument("--out", type=Path, required=True)
@@ -64,20 +67,23 @@ def _train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         device=arguments.device,
         resume=arguments.resume,
+        init=arguments.init,
     )
     vae, cache = work / "vae" / "vae", work / "cache"
     if arguments.part == "vae":
-        from sdq_deploy.shapes64.train.vae import train_vae
+        from sdq_deploy.shapes64.train.vae import prepare_vae, train_vae
 
-        train_vae(loop, cache)
+        prepare_vae(cache)
+        run_in_processes(partial(train_vae, loop, cache), arguments.processes)
     elif arguments.part == "classifier":
         from sdq_deploy.shapes64.train.classifier import train_classifier
 
         train_classifier(loop, vae, cache)
     else:
-        from sdq_deploy.shapes64.train.denoiser import train_denoiser
+        from sdq_deploy.shapes64.train.denoiser import prepare_denoiser, train_denoiser
 
-        train_denoiser(loop, vae, cache)
+        prepare_denoiser(loop, vae, cache)
+        run_in_processes(partial(train_denoiser, loop, vae, cache), arguments.processes)
 
 
 def _assemble(arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ __all__ = ["ClassifierConfig", "train_classifier"]
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """`images` drawn scenes in batches of `batch`; a quarter of each batch has passed through the autoencoder."""
+    """`images` drawn scenes in batches of `batch`; an eighth of each batch has passed through the autoencoder."""
 
     images: int = 60_000
     batch: int = 64
@@ -61,8 +61,8 @@ def _labels(count: int) -> npt.NDArray[np.float32]:
 
 @torch.no_grad()
 def _reconstruct_some(vae: AutoencoderKL, images: torch.Tensor, random: StepRandom) -> torch.Tensor:
-    """The first quarter through the autoencoder, with a little noise on its latents as a denoiser leaves."""
-    count = len(images) // 4
+    """The first eighth through the autoencoder, with a little noise on its latents as a denoiser leaves."""
+    count = len(images) // 8
     with torch.autocast(images.device.type, torch.bfloat16):
         mean = vae._encode(images[:count]).float().chunk(2, dim=1)[0]
         noise = torch.randn(mean.shape, generator=random.torch).to(mean.device)

@@ -14,7 +14,7 @@ from sdq_deploy.shapes64.train.latents import encoded_scenes
 from sdq_deploy.shapes64.train.loop import LoopConfig, StepRandom, run_loop
 from sdq_deploy.shapes64.train.text import MAX_LENGTH, TEXT_WIDTH, build_text_encoder, build_tokenizer, save_tokenizer
 
-__all__ = ["DenoiserConfig", "Ema", "build_scheduler", "build_unet", "train_denoiser"]
+__all__ = ["DenoiserConfig", "Ema", "build_scheduler", "build_unet", "prepare_denoiser", "train_denoiser"]
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,19 @@ class Ema:
             parameter.copy_(self._average[key])
 
 
-def train_denoiser(loop: LoopConfig, vae: Path, cache: Path, config: DenoiserConfig = DenoiserConfig()) -> None:
-    """Train from the folder of a trained autoencoder; the checkpoint in `loop.out` is what `assemble` reads."""
+def prepare_denoiser(loop: LoopConfig, vae: Path, cache: Path, config: DenoiserConfig = DenoiserConfig()) -> None:
+    """Write the tokenizer and the encoded scenes that every process of the training then reads."""
     tokenizer = build_tokenizer()
     save_tokenizer(tokenizer, loop.out / "tokenizer")
+    encoded_scenes(vae, tokenizer, cache, config.scenes, loop.device)
+
+
+def train_denoiser(loop: LoopConfig, vae: Path, cache: Path, config: DenoiserConfig = DenoiserConfig()) -> None:
+    """Train from the folder of a trained autoencoder; the checkpoint in `loop.out` is what `assemble` reads.
+
+    `prepare_denoiser` comes first.
+    """
+    tokenizer = build_tokenizer()
     latents, ids = encoded_scenes(vae, tokenizer, cache, config.scenes, loop.device)
     torch.manual_seed(loop.seed)
     unet, text_encoder = build_unet().to(loop.device), build_text_encoder(tokenizer).to(loop.device)
@@ -106,7 +115,7 @@ def train_denoiser(loop: LoopConfig, vae: Path, cache: Path, config: DenoiserCon
 
     def loss_of(random: StepRandom) -> torch.Tensor:
         batch = _draw_batch(latents, ids, empty, alphas, config, random)
-        return _loss(unet, text_encoder, {key: value.to(loop.device) for key, value in batch.items()})
+        return _loss(unet, text_encoder, {key: value[random.share].to(loop.device) for key, value in batch.items()})
 
     run_loop(loop, {**modules, "ema": ema}, optimizer, loss_of, lambda step: ema.update())
 
