@@ -15,7 +15,7 @@ from sdq_deploy.recipes.report import describe_errors
 from sdq_deploy.recipes.schema import Precision, Recipe
 from sdq_engines.errors import SdqError
 
-__all__ = ["available_recipes", "load_recipe", "parse_assignments"]
+__all__ = ["available_recipes", "load_recipe", "parse_assignments", "recipe_from"]
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 Tree = dict[str, Any]
@@ -37,19 +37,28 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         SdqError: no such recipe, not TOML, or values that are not allowed; every mistake is named in one report.
     """
     tree, origin = _read(name)
-    variants = {key: tree.pop(key) for key in PRECISIONS if key in tree}
+    return recipe_from(tree, overrides, origin)
+
+
+def recipe_from(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None, origin: str) -> Recipe:
+    """The recipe of a parsed file, or of one that a run recorded; `origin` names it in messages.
+
+    Raises:
+        SdqError: values that are not allowed, every mistake in one report.
+    """
+    base = {key: value for key, value in tree.items() if key not in PRECISIONS}
+    variants = {key: tree[key] for key in PRECISIONS if key in tree}
     given = _nest(overrides or {})
     problems: list[str] = []
-    chosen = _merge(tree, given).get("quantization", {}).get("precision")
-    recipe = _validate(_merge(_merge(tree, variants.get(str(chosen), {})), given), problems)
+    chosen = _merge(base, given).get("quantization", {}).get("precision")
+    recipe = _validate(_merge(_merge(base, variants.get(str(chosen), {})), given), problems)
     for key, variant in variants.items():
         if key != chosen:
-            _validate(_merge(tree, variant), problems)
+            _validate(_merge(base, variant), problems)
     if problems or recipe is None:
-        listed = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        count = len(dict.fromkeys(problems))
+        lines = list(dict.fromkeys(problems))
         raise SdqError(
-            f"The recipe {origin} has {count} mistake{'s' if count > 1 else ''}:\n{listed}",
+            f"The recipe {origin} has {len(lines)} mistake{'s' if len(lines) > 1 else ''}:\n  " + "\n  ".join(lines),
             "Correct them in the recipe, or with --set key=value.",
         )
     return recipe

@@ -83,7 +83,7 @@ class _Source:
         positions = torch.arange(first, first + self.total)
         orders = {
             int(epoch): torch.randperm(population, generator=self.generator(purpose, int(epoch)))
-            for epoch in (positions // population).unique()
+            for epoch in torch.unique(positions // population)
         }
         return torch.stack([orders[int(position) // population][int(position) % population] for position in positions])
 

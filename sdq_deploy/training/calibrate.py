@@ -96,7 +96,7 @@ def sample_activations(
     empty = data.empty.to(device) if data.guided else None
     for step in range(spec.num_steps):
         rows = data.at_step(step, samples_per_step)
-        parts = rows.split(BATCH)
+        parts = torch.split(rows, BATCH)
         for part in parts:
             with _watching(denoiser, spec, samples, step, VALUES_PER_STEP // len(parts)):
                 embeddings = data.embeddings[data.shard.prompt_ids[part]].to(device)
@@ -125,7 +125,7 @@ def _watching(
 def activation_scales(
     samples: dict[str, ActivationSample], spec: QuantSpec, settings: Calibrate, advance: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """`<site name>.scale` f32 [G] of every activation site; a group that no latent was kept for takes its neighbour's."""
+    """`<site name>.scale` f32 [G] of every activation site; a group without latents takes its neighbour's."""
     scales: dict[str, Tensor] = {}
     for site in spec.activations:
         found = []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdq_deploy.training.context import TrainingContext
-from sdq_deploy.training.dataset import EMBEDDINGS, INDEX, Shard, shard_is_whole, shard_name
+from sdq_deploy.training.dataset import EMBEDDINGS, INDEX, Shard, shard_is_whole, shard_name, shard_of
 from sdq_deploy.training.guidance import ModelOutputs, guide, predict_outputs
 from sdq_deploy.training.prompts import stable_seed
 from sdq_engines.files import atomic_write, atomic_write_json
@@ -90,7 +90,7 @@ def collect_shard(context: TrainingContext, split: str, members: range, embeddin
     noise = starting_noise(context, generators)
     chosen = torch.stack([kept_steps(context, split, member) for member in members])
     answers: list[ModelOutputs] = []
-    kept: list[dict[str, Any]] = []
+    kept: list[dict[str, Tensor]] = []
 
     def predict(model_input: Tensor, step: int) -> Tensor:
         steps = torch.full((len(members),), step, device=device)
@@ -101,25 +101,20 @@ def collect_shard(context: TrainingContext, split: str, members: range, embeddin
         rows = chosen[:, step].nonzero().flatten()
         at = rows.to(device)
         outputs = answers.pop()
-        kept.append(
-            {
-                "latents": model_input[at].cpu(),
-                "steps": torch.full_like(rows, step),
-                "prompt_ids": torch.tensor(list(members))[rows],
-                "conditional": outputs.conditional[at].cpu(),
-                "unconditional": None if outputs.unconditional is None else outputs.unconditional[at].cpu(),
-            }
-        )
+        entry = {
+            "latents": model_input[at],
+            "steps": torch.full_like(rows, step),
+            "prompt_ids": torch.tensor(list(members))[rows],
+            "conditional": outputs.conditional[at],
+        }
+        if outputs.unconditional is not None:
+            entry["unconditional"] = outputs.unconditional[at]
+        kept.append({name: value.cpu() for name, value in entry.items()})
 
     final = run_sampler(context.plan, predict, noise.to(device), generator=generators, on_step=keep)
-    joined = {key: _join([entry[key] for entry in kept]) for key in kept[0]}
+    joined = {name: torch.cat([entry[name] for entry in kept]) for name in kept[0]}
     order = torch.argsort(joined["prompt_ids"] * context.plan.calls + joined["steps"])
-    ordered = {key: None if value is None else value[order] for key, value in joined.items()}
-    return Shard(**ordered, noise=noise, final=final.cpu())
-
-
-def _join(parts: list[Tensor | None]) -> Tensor | None:
-    return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
+    return shard_of({name: value[order] for name, value in joined.items()} | {"noise": noise, "final": final.cpu()})
 
 
 def starting_noise(context: TrainingContext, generators: Sequence[torch.Generator]) -> Tensor:

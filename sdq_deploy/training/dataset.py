@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdq_engines.files import atomic_write
 
-__all__ = ["EMBEDDINGS", "INDEX", "SerialData", "Shard", "load_split", "read_shard", "shard_is_whole", "shard_name"]
+__all__ = ["EMBEDDINGS", "INDEX", "SerialData", "Shard", "load_split", "shard_is_whole", "shard_name", "shard_of"]
 
 INDEX = "index.json"
 EMBEDDINGS = "prompts.safetensors"
@@ -65,10 +65,10 @@ def shard_is_whole(path: Path, inputs: str) -> bool:
         return (file.metadata() or {}).get("inputs") == inputs
 
 
-def read_shard(path: Path) -> Shard:
-    """Load one shard."""
-    tensors = load_file(path)
-    return Shard(**{"unconditional": None, **tensors})
+def shard_of(tensors: dict[str, Tensor]) -> Shard:
+    """The shard whose fields these are; `unconditional` may be absent."""
+    others = {name: value for name, value in tensors.items() if name != "unconditional"}
+    return Shard(unconditional=tensors.get("unconditional"), **others)
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,7 @@ class SerialData:
 
 def load_split(folder: Path, split: str) -> SerialData:
     """Join the shards of "training" or "validation"."""
-    parts = [read_shard(path) for path in sorted(folder.glob(f"{split}-*.safetensors"))]
-    joined = {
-        name: None if vars(parts[0])[name] is None else torch.cat([vars(part)[name] for part in parts])
-        for name in vars(parts[0])
-    }
+    parts = [load_file(path) for path in sorted(folder.glob(f"{split}-*.safetensors"))]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     embeddings = load_file(folder / EMBEDDINGS)
-    return SerialData(Shard(**joined), embeddings[split], embeddings["empty"])
+    return SerialData(shard_of(joined), embeddings[split], embeddings["empty"])

@@ -87,7 +87,8 @@ class Fitting:
         self.average = MovingAverage(self.student.denoiser, self.recipe.ema_decay)
         self.training, self.held_out = (load_split(context.folder.dataset, name) for name in ("training", "validation"))
         self.source = make_source(context, self.training)
-        self.step, self.result = 0, {}
+        self.step = 0
+        self.result: dict[str, Any] = {}
 
     def run(self) -> None:
         """All steps from here to the recipe's last."""
@@ -129,7 +130,8 @@ class Fitting:
     def _losses(self, batch: Batch) -> tuple[ModelOutputs, dict[str, Tensor]]:
         """The student's outputs and the losses on them; the teacher runs only where the dataset does not answer."""
         layers = self.sensitive if self.recipe.ild_weight > 0 else []
-        target, features = batch.target, {}
+        target = batch.target
+        features: dict[str, Tensor] = {}
         if target is None:
             target, features = self._teach(batch, layers)
         elif layers:

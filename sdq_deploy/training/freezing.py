@@ -1,4 +1,4 @@
-"""Selective freezing: weights of sensitive layers that oscillate between two integers are pinned (docs/quantization.md).
+"""Selective freezing: weights of sensitive layers that oscillate between integers are pinned (docs/quantization.md).
 
 After Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (2022), on the sensitive layers alone.
 """

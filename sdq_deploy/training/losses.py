@@ -56,7 +56,8 @@ def layer_outputs(denoiser: StepDenoiser, layers: Sequence[str]) -> Iterator[dic
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             recorded[layer] = output
 
-        return denoiser.unet.get_submodule(layer).register_forward_hook(hook)
+        module: nn.Module = denoiser.unet.get_submodule(layer)
+        return module.register_forward_hook(hook)
 
     handles = [record(layer) for layer in layers]
     try:

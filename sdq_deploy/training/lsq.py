@@ -38,7 +38,7 @@ class _FakeQuantize(torch.autograd.Function):
         return (x.float() / scale).round_().clamp_(-q_n, q_p).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, scale = ctx.saved_tensors
         q_n, q_p, gradient_scale = ctx.range
         ratio = x.float() / scale

@@ -45,7 +45,7 @@ def table_error(context: TrainingContext) -> float:
     latents, steps = data.shard.latents[rows], data.shard.steps[rows]
     embeddings = data.embeddings[data.shard.prompt_ids[rows]]
     found, wanted = [], []
-    for part in torch.arange(len(rows)).split(4):
+    for part in torch.split(torch.arange(len(rows)), 4):
         inputs = (latents[part].to(context.device), embeddings[part].to(context.device))
         found.append(context.teacher(inputs[0], steps[part].to(context.device), inputs[1]).cpu())
         wanted.append(_plain(context, latents[part], context.timesteps[steps[part]], embeddings[part]))

@@ -41,16 +41,11 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def shapes_prompts(count: int) -> list[str]:
-    """Captions of the embedded model's training split, every one once."""
-    from sdq_deploy.shapes64.scenes import sample_scene
+def shapes_prompts(num_prompts: int, validation_prompts: int) -> list[str]:
+    """Captions of the embedded model's splits for calibration and, at the end, for validation."""
+    from sdq_deploy.shapes64 import splits
 
-    captions: dict[str, None] = {}
-    index = 0
-    while len(captions) < count:
-        captions.setdefault(sample_scene("train", index).caption)
-        index += 1
-    return list(captions)
+    return splits.calibration_prompts(num_prompts) + splits.validation_prompts(validation_prompts)
 
 
 def split_prompts(prompts: list[str], num_prompts: int, validation_prompts: int) -> PromptSplit:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sdq_deploy.models import resolve_model
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import INDEX
@@ -64,7 +65,8 @@ def run_training(
     accelerator.wait_for_everyone()
     progress = new_progress()
     progress.disable = quiet or not accelerator.is_main_process
-    context = TrainingContext(settings, source or load_source(settings.model, settings.revision), accelerator, progress)
+    loaded = source or load_source(resolve_model(settings.model), settings.revision)
+    context = TrainingContext(settings, loaded, accelerator, progress)
     try:
         with progress, _restored_unet(context):
             if dataset is not None and accelerator.is_main_process:

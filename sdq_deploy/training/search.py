@@ -41,7 +41,7 @@ def search_scale(
     rows = rows.float()
     widest = max_scale(rows.abs().amax(dim=1) if largest is None else largest.float(), bits)
     height = max(1, CHUNK // max(1, rows.shape[1]))
-    parts = zip(rows.split(height), widest.split(height), strict=True)
+    parts = zip(torch.split(rows, height), torch.split(widest, height), strict=True)
     return torch.cat([_search_chunk(part, top, bits, points, power) for part, top in parts])
 
 

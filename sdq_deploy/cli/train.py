@@ -1,0 +1,112 @@
+"""`sdq-deploy train`: quantization-aware training with the serial-to-parallel pipeline."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sdq_deploy.cli.shared import JsonOption, console, print_json, require_extra
+
+__all__ = ["register"]
+
+
+class _Precision(enum.StrEnum):
+    w8a8 = "w8a8"
+    w4a8 = "w4a8"
+    w4a16 = "w4a16"
+
+
+class _Pipeline(enum.StrEnum):
+    serial_to_parallel = "serial-to-parallel"
+    parallel = "parallel"
+    serial = "serial"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(name="train")(train)
+
+
+def train(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or shapes-64 (embedded).")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to write.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="A recipe's name or TOML file. Default: the model's family.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="UTF-8 text, one prompt per line.")] = None,
+    precision: Annotated[_Precision | None, typer.Option("--precision", help="Weights and activations.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="ddim, pndm, euler, ...; default: the recipe's.")
+    ] = None,
+    num_inference_steps: Annotated[int | None, typer.Option("--num-inference-steps", help="Sampling steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", help="1 switches guidance off.")] = None,
+    max_train_steps: Annotated[int | None, typer.Option("--max-train-steps", help="0 calibrates only.")] = None,
+    pipeline: Annotated[_Pipeline | None, typer.Option("--pipeline", help="Where training latents come from.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of data and training. Default: 0.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe value; repeatable.")
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option("--dataset", metavar="RUN", help="Take over another run's serial dataset if it fits.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue what RUN holds; options given here win.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Train a quantized denoiser and save it as RUN/checkpoint.
+
+    Several processes: accelerate launch --num_processes 2 -m sdq_deploy.cli.main train ...
+
+    Example: sdq-deploy train shapes-64 --out build/run --precision w4a8
+    """
+    require_extra("train", "torch", "diffusers", "transformers", "accelerate", "modelopt", "tensorboard", "matplotlib")
+    from sdq_deploy.recipes.load import parse_assignments
+    from sdq_deploy.training.resolve import resolve_settings
+    from sdq_deploy.training.run import run_training
+
+    options: dict[str, Any] = {
+        "quantization.precision": None if precision is None else precision.value,
+        "sampling.scheduler": scheduler,
+        "sampling.num_inference_steps": num_inference_steps,
+        "sampling.guidance_scale": guidance_scale,
+        "fit.max_train_steps": max_train_steps,
+        "fit.pipeline": None if pipeline is None else pipeline.value,
+    }
+    overrides = parse_assignments(assignments or []) | {
+        key: value for key, value in options.items() if value is not None
+    }
+    settings = resolve_settings(
+        model, out, recipe=recipe, overrides=overrides, prompt_file=prompts, seed=seed, revision=revision, resume=resume
+    )
+    ran = run_training(settings, resume=resume, dataset=dataset, cpu=cpu)
+    _print_result(out, ran, json)
+
+
+def _print_result(out: Path, ran: list[str], as_json: bool) -> None:
+    from accelerate import PartialState
+
+    from sdq_export.checkpoint import load_checkpoint
+
+    if not PartialState().is_main_process:
+        return
+    info = load_checkpoint(out).info
+    snr = info.notes["trajectory_snr_db"]
+    if as_json:
+        print_json({"run": str(out), "precision": info.spec.precision, "stages_run": ran, **info.notes})
+        return
+    console.print(
+        f"{info.spec.precision}: {len(info.spec.weights)} weights, {len(info.spec.activations)} activations quantized. "
+        f"Held-out trajectory {snr['start']:.2f} dB before training, {snr['best']:.2f} dB at the best state "
+        f"(step {info.notes['best_step']}).",
+        markup=False,
+        soft_wrap=True,
+    )
+    if not ran:
+        console.print("Nothing had changed; no stage was run again.")
+    console.print(f"Checkpoint: {out / 'checkpoint'}\nNext: sdq-deploy export {out} --out PACKAGE", markup=False)
