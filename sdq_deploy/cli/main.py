@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from typing import Annotated, Any
 
@@ -42,8 +43,11 @@ _OS_ERRORS = {
 #: What a wrong call raises. Typer brings its own copy of click since 0.20 and shares click's before: take what it uses.
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
-#: How a full disk reads in the message of a native library that hides the code.
-_FULL_DISK = "no space left on device"
+#: How native libraries (safetensors, tokenizers) spell the operating system's code in their own exceptions.
+_NATIVE_CODE = re.compile(r"\(os error (\d+)\)")
+
+#: What torch.save says when a write fails, whatever the reason.
+_TORCH_WRITE = "PytorchStreamWriter failed"
 
 
 def _print_version(value: bool) -> None:
@@ -84,17 +88,25 @@ def run(arguments: list[str] | None = None) -> None:
     except SdqError as error:
         _complain(error.message, error.hint)
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in _OS_ERRORS:
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        _complain(f"{_OS_ERRORS[error.errno]}{where}.", "What was finished before is kept.")
-        sys.exit(1)
     except Exception as error:
-        if _FULL_DISK not in str(error).lower():
+        sentence = _write_failure(error)
+        if sentence is None:
             raise
-        _complain("The disk is full.", "What was finished before is kept.")
+        _complain(sentence, "What was finished before is kept.")
         sys.exit(1)
+
+
+def _write_failure(error: Exception) -> str | None:
+    """What the operating system refused, as a sentence; None if that is not what happened."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code is None and (spelled := _NATIVE_CODE.search(str(error))):
+        code = int(spelled.group(1))
+    if code in _OS_ERRORS:
+        where = getattr(error, "filename", None)
+        return f"{_OS_ERRORS[code]}{f' ({where})' if where else ''}."
+    if _TORCH_WRITE in str(error):
+        return "A file could not be written; the disk is probably full."
+    return None
 
 
 def _interrupted(hint: str = "") -> None:

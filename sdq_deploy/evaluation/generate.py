@@ -41,7 +41,8 @@ def decode(source: Source, latents: Tensor) -> NDArray[np.uint8]:
     """Images uint8 [N, H, W, 3] of latents [N, C, h, w], rounded as diffusers rounds."""
     images = source.vae.decode(latents / source.vae.config.scaling_factor).sample
     scaled = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
-    return scaled.round().to(torch.uint8).cpu().numpy()
+    pixels: NDArray[np.uint8] = scaled.round().to(torch.uint8).cpu().numpy()
+    return pixels
 
 
 @torch.no_grad()

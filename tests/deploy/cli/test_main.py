@@ -1,0 +1,126 @@
+"""How errors become sentences and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.numpy import save_file as save_safetensors
+
+from sdq_deploy.cli import main
+from sdq_engines.errors import SdqError
+
+
+@contextmanager
+def command_that(action: Callable[[], None]) -> Iterator[None]:
+    """A command `fails` for the length of the block, whose body raises for real."""
+    main.app.command(name="fails")(action)
+    try:
+        yield
+    finally:
+        main.app.registered_commands.pop()
+
+
+def outcome(action: Callable[[], None], capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    with command_that(action), pytest.raises(SystemExit) as exit_:
+        main.run(["fails"])
+    return exit_.value.code, capsys.readouterr().err
+
+
+def test_a_user_error_is_a_sentence_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise SdqError("The [model] is not there.", "Give another.")
+
+    code, text = outcome(fail, capsys)
+    assert code == 1
+    assert text == "error: The [model] is not there.\nGive another.\n"
+
+
+def test_a_full_disk_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with open("/dev/full", "w") as device:
+            device.write("x")
+
+    if sys.platform != "linux":
+        pytest.skip("/dev/full is Linux's")
+    code, text = outcome(fail, capsys)
+    assert code == 1
+    assert text.startswith("error: The disk is full")
+    assert "Traceback" not in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+@pytest.mark.parametrize("library", ["safetensors", "torch"])
+def test_a_full_disk_in_a_native_library_too(capsys: pytest.CaptureFixture[str], library: str) -> None:
+    def fail() -> None:
+        tensor = torch.zeros(1 << 18)
+        if library == "torch":
+            torch.save(tensor, "/dev/full")
+        else:
+            save_safetensors({"a": tensor.numpy()}, "/dev/full")
+
+    code, text = outcome(fail, capsys)
+    assert code == 1
+    assert "full" in text or "could not be written" in text
+
+
+def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise OSError(errno.EBADF, "a bug of ours")
+
+    with command_that(fail), pytest.raises(OSError, match="a bug of ours"):
+        main.run(["fails"])
+
+
+def test_control_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt("Continue with: sdq-deploy train … --resume")
+
+    code, text = outcome(fail, capsys)
+    assert code == 130
+    assert "Interrupted. Continue with: sdq-deploy train … --resume" in text
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["run"], ["train", "--no-such-option"]])
+def test_a_wrong_call_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main.run(arguments)
+    assert exit_.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+COMMANDS = ["train", "export", "build", "run", "inspect", "verify", "doctor", "bench", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main.run([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"sdq-deploy {command}" in capsys.readouterr().out
+
+
+def test_help_works_where_nothing_but_the_base_install_imports() -> None:
+    """Every command's --help, with torch and all the engines' libraries made to fail on import."""
+    blocked = ["torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxruntime", "openvino", "tensorrt_rtx"]
+    script = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ImportError(name + " is not in a base install")
+sys.meta_path.insert(0, Refuse())
+from sdq_deploy.cli.main import run
+for command in {COMMANDS!r}:
+    try:
+        run([command, "--help"])
+    except SystemExit as exit_:
+        assert exit_.code == 0, command
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

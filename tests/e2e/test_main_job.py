@@ -1,0 +1,109 @@
+"""The main job on the embedded model, small: what `make demo` does, with fewer training steps and images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdq_deploy.cli import main
+from sdq_deploy.demo.report import DemoReport
+from sdq_engines import Pipeline, SdqError
+from sdq_engines.package.store import open_package
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("main_job")]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    with pytest.raises(SystemExit) as exit_:
+        main.run(["demo", "--out", str(out), "--images", "16", "--max-train-steps", "8"])
+    assert exit_.value.code == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(demo: Path) -> DemoReport:
+    return DemoReport.model_validate_json((demo / "report.json").read_text(encoding="utf-8"))
+
+
+def test_everything_promised_is_there(demo: Path) -> None:
+    for name in ("run/checkpoint/quant.json", "run/curves.png", "package/manifest.json", "images/first.png"):
+        assert (demo / name).is_file(), name
+    page = (demo / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 3
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_both_packages_are_faithful(report: DemoReport) -> None:
+    """Eight training steps: about what the initialization gives. The bounds are far below what is measured."""
+    rows = {row.name: row for row in report.variants}
+    assert rows["W8A8 trained"].psnr_mean is not None
+    assert rows["W8A8 trained"].psnr_mean > 38
+    assert rows["W4A8 trained"].psnr_mean is not None
+    assert rows["W4A8 trained"].psnr_mean > 24
+    assert rows["FP"].caption_accuracy >= 0.75
+
+
+def test_sizes(report: DemoReport) -> None:
+    rows = {row.name: row for row in report.variants}
+    full, eight, four = (rows[name].denoiser_bytes for name in ("FP", "W8A8 trained", "W4A8 trained"))
+    assert full is not None
+    assert eight is not None
+    assert four is not None
+    assert four < eight < full
+
+
+def test_every_engine_was_built_and_counted(report: DemoReport) -> None:
+    built = {(row.package, row.engine): row for row in report.engines}
+    for package in ("W4A8", "W8A8"):
+        row = built[package, "tensorrt-rtx"]
+        assert row.quantized_layers is not None
+        assert row.int8_layers is not None
+        assert row.int8_layers >= 0.95 * row.quantized_layers
+        assert built[package, "openvino"].step_ms is not None
+
+
+def test_engines_agree_with_each_other(demo: Path) -> None:
+    prompts, seeds = ["a large red circle on a white background"], [3]
+    made = {
+        engine: Pipeline.load(demo / "package-w8a8", engine=engine)(prompts, seed=seeds)
+        for engine in ("onnxruntime", "openvino")
+    }
+    a, b = (np.asarray(result.images[0], np.float64) for result in made.values())
+    assert 10 * np.log10(255**2 / max(((a - b) ** 2).mean(), 1e-9)) > 35
+
+
+def test_run_makes_the_picture(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "image.png"
+    with pytest.raises(SystemExit) as exit_:
+        main.run(["run", str(demo / "package"), "a large red circle", "--seed", "7", "--out", str(out)])
+    assert exit_.value.code == 0
+    assert Image.open(out).size == (64, 64)
+
+
+def test_the_same_seed_is_the_same_image(demo: Path) -> None:
+    pipe = Pipeline.load(demo / "package", engine="openvino")
+    first, again, other = (pipe("a small blue star", seed=seed).latents for seed in (5, 5, 6))
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+def test_the_package_carries_the_proof(demo: Path) -> None:
+    manifest = open_package(demo / "package").manifest
+    assert manifest.precision == "w4a8"
+    parity = json.dumps(manifest.fidelity)
+    for criterion in ("float_graph", "site_integers", "site_outputs", "quantized_graph"):
+        assert criterion in parity
+
+
+def test_an_unfinished_run_is_not_exported(demo: Path, tmp_path: Path) -> None:
+    from sdq_export.checkpoint import load_checkpoint
+
+    with pytest.raises(SdqError, match="no finished quantized checkpoint"):
+        load_checkpoint(tmp_path)
