@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sdq_engines.errors import SdqError
+from sdq_export.passes.assign_weights import AssignWeights
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
 from sdq_export.passes.int4_weights import PackInt4Weights
 from sdq_export.passes.name_nodes import NameNodes
@@ -46,6 +47,7 @@ def build_denoiser(
     plan: SamplerPlan,
     latent_shape: tuple[int, int, int],
     *,
+    weights: Tensors | None = None,
     spec: QuantSpec | None = None,
     tensors: Tensors | None = None,
     store_fp16: bool = True,
@@ -57,6 +59,7 @@ def build_denoiser(
         tables: path of each ResNet block -> float32 [T, C].
         plan: the sampler.
         latent_shape: C, h, w.
+        weights: torch parameter name -> the value to use instead of the captured one.
         spec: the sites; None leaves the denoiser in floating point.
         tensors: integers and scales of the sites, by the keys of `sdq_export.checkpoint`.
         store_fp16: store large weights as FP16 where that loses nothing.
@@ -64,7 +67,7 @@ def build_denoiser(
     Raises:
         SdqError: the denoiser has a form that a pass does not support.
     """
-    NameNodes()(captured)
+    run_passes(captured, [NameNodes(), AssignWeights(weights or {})])
     prologue = captured.clone()
     storage = [StoreFp16()] if store_fp16 else []
     run_passes(prologue, [KeepPrologue(TEXT_INPUT), *storage, ClearNotes()])

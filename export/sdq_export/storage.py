@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
-__all__ = ["round_weights"]
+__all__ = ["round_weights_"]
 
 
-def round_weights(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` whose convolution, linear and embedding weights are FP16 numbers, still typed FP32.
+def round_weights_(module: nn.Module, skip: Collection[str] = ()) -> None:
+    """Round convolution, linear and embedding weights to FP16 numbers, in place, still typed FP32.
 
     A checkpoint that is distributed in FP16 is unchanged by it.
+
+    Args:
+        module: any module.
+        skip: paths of layers whose weights stay, because they are stored as integers.
     """
-    rounded = copy.deepcopy(module)
     with torch.no_grad():
-        for part in rounded.modules():
-            if isinstance(part, nn.Conv2d | nn.Linear | nn.Embedding):
+        for path, part in module.named_modules():
+            if isinstance(part, nn.Conv2d | nn.Linear | nn.Embedding) and path not in skip:
                 part.weight.copy_(part.weight.to(torch.float16).to(part.weight.dtype))
-    return rounded

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet whose time path depends on the timestep alone, one VAE."""
+"""Stable Diffusion 1 and 2: one CLIP text encoder, a UNet whose time path depends on the timestep alone, one VAE."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def check_source(source: Source) -> None:
         raise SdqError("The text encoder's use_attention_mask=True is not supported: packages encode padded prompts.")
     for setting in ("latents_mean", "latents_std", "shift_factor"):
         if source.vae.config.get(setting) is not None:
-            raise SdqError(f"The VAE's {setting} is not supported; Stable Diffusion 1 and 2 have a scaling_factor alone.")
+            raise SdqError(
+                f"The VAE's {setting} is not supported; Stable Diffusion 1 and 2 have a scaling_factor alone."
+            )
 
 
 def latent_shape(source: Source) -> tuple[int, int, int]:

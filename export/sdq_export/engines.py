@@ -1,0 +1,88 @@
+"""Parity's fourth criterion on a built engine: one that strays is taken out of the package again."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sdq_engines.backends.base import Session
+from sdq_engines.backends.registry import backend
+from sdq_engines.package.editor import PackageEditor
+from sdq_engines.package.layout import DENOISER, PROLOGUE
+from sdq_engines.package.store import Package
+from sdq_export.denoiser import TEXT_INPUT
+from sdq_export.parity import Criterion, ParityReport, TeacherSamples, check_engine
+from sdq_export.writer import ExportResult
+
+__all__ = ["check_built_engine"]
+
+
+def check_built_engine(package: Package, engine: str, result: ExportResult) -> tuple[Package, Criterion | None]:
+    """Measure an engine against the teacher; record the figures, or drop the engine and say so.
+
+    Args:
+        package: the package, the engine listed in it.
+        engine: its name.
+        result: the export that wrote the package.
+
+    Returns:
+        The package and the criterion; None where this machine cannot run the engine.
+
+    Raises:
+        SdqError: the engine is too far from the teacher. The package is then without it.
+    """
+    chosen = backend(engine)
+    if not chosen.available().works:
+        return package, None
+    session = chosen.load(package, package.engine(engine), {})
+    criterion = _measure(session, engine, result)
+    report = ParityReport(criteria=(criterion,))
+    if not criterion.passed:
+        _drop(package, engine)
+    report.require(f"the engine {engine} was taken out of the package again")
+    fidelity = dict(package.manifest.fidelity)
+    fidelity["parity"] = {**fidelity["parity"], **report.to_manifest()}
+    manifest = package.manifest.model_copy(update={"fidelity": fidelity})
+    return PackageEditor.open(package).commit(manifest), criterion
+
+
+def _measure(session: Session, engine: str, result: ExportResult) -> Criterion:
+    samples, plan = result.samples, result.plan
+    steps = list(range(plan.calls))
+    most = session.entry.profile.batch_max
+    return check_engine(
+        engine,
+        session.component(DENOISER),
+        _prompt(session, samples, most),
+        plan,
+        samples,
+        _reference_distances(result, steps),
+        steps,
+        most,
+    )
+
+
+def _prompt(session: Session, samples: TeacherSamples, most: int) -> dict[str, np.ndarray]:
+    """The prologue's outputs for all samples, by the engine's own prologue, as many at once as it takes."""
+    prologue = session.component(PROLOGUE)
+    embeddings = samples.embeddings.numpy()
+    parts = [prologue.run({TEXT_INPUT: embeddings[at : at + most]}) for at in range(0, len(embeddings), most)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _reference_distances(result: ExportResult, steps: list[int]) -> list[float]:
+    """The fake-quantized reference's distance from the teacher; an unquantized reference is the teacher."""
+    for criterion in result.report.criteria:
+        if criterion.name == "quantized_graph":
+            known = dict(zip(criterion.steps, criterion.details["reference_distance"], strict=True))
+            return [float(known[step]) for step in steps]
+    return [0.0] * len(steps)
+
+
+def _drop(package: Package, engine: str) -> None:
+    editor = PackageEditor.open(package)
+    entry = package.engine(engine)
+    for file in entry.components.values():
+        if file.startswith("engines/"):
+            editor.drop(file)
+    engines = {name: other for name, other in package.manifest.engines.items() if name != engine}
+    editor.commit(package.manifest.model_copy(update={"engines": engines}))

@@ -1,0 +1,11 @@
+"""Parity, the gate of every export: four criteria that a faithful quantized graph passes and a wrong one does not.
+
+Rounding turns a perturbation of 1e-7 into quantization-sized differences a few layers on, even within one framework, so
+outputs of two quantized networks are not compared with each other. See docs/architecture.md, "Parity".
+"""
+
+from sdq_export.parity.gate import check_engine, check_graphs
+from sdq_export.parity.report import Criterion, ParityReport
+from sdq_export.parity.samples import TeacherSamples, record_teacher
+
+__all__ = ["Criterion", "ParityReport", "TeacherSamples", "check_engine", "check_graphs", "record_teacher"]

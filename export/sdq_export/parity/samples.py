@@ -1,0 +1,109 @@
+"""The inputs of parity: where the floating-point model's own sampling goes, and what it answers there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.sampler.run import run_sampler
+from sdq_export.stepping import StepDenoiser
+
+__all__ = ["PARITY_PROMPTS", "TeacherSamples", "guided", "record_teacher", "samples_for"]
+
+PARITY_PROMPTS = (
+    "a red circle on a blue background",
+    "a photo of an astronaut riding a horse on mars",
+    "a bowl of fruit on a wooden table, oil painting",
+    "a small house by the sea at sunset",
+)
+"""Used where an export is given no prompts of its own."""
+
+_WANTED_ELEMENTS = 2048
+_SEED = 2718
+
+
+@dataclass(frozen=True)
+class TeacherSamples:
+    """The teacher's trajectory for N samples.
+
+    Attributes:
+        embeddings: float32 [2N, L, D], unconditional first.
+        guidance_scale: of the guided outputs.
+        model_inputs: float32 [T, N, C, h, w], what the denoiser is given at each step.
+        outputs: float32 [T, N, C, h, w], the teacher's guided output there.
+    """
+
+    embeddings: Tensor
+    guidance_scale: float
+    model_inputs: Tensor
+    outputs: Tensor
+
+    def distance(self, outputs: NDArray[np.float32] | Tensor, step: int) -> float:
+        """Relative L2 distance of guided outputs [N, C, h, w] from the teacher's, over the batch."""
+        found, wanted = torch.as_tensor(outputs), self.outputs[step]
+        return float((found - wanted).norm() / wanted.norm())
+
+
+def samples_for(latent_shape: tuple[int, int, int]) -> int:
+    """N: enough samples that their average is steady; small latents need more of them."""
+    return max(2, min(8, _WANTED_ELEMENTS // int(np.prod(latent_shape))))
+
+
+def guided(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], samples_in: Tensor, step: int,
+           embeddings: Tensor, guidance_scale: float) -> Tensor:  # fmt: skip
+    """One guided output [N, C, h, w] of a StepDenoiser, as diffusers' pipelines combine it."""
+    with torch.no_grad():
+        output = denoiser(torch.cat([samples_in, samples_in]), torch.tensor(step), embeddings)
+    uncond, cond = output.chunk(2)
+    return uncond + guidance_scale * (cond - uncond)
+
+
+def record_teacher(
+    unet: nn.Module,
+    plan: SamplerPlan,
+    latent_shape: tuple[int, int, int],
+    encode: Callable[[list[str]], Tensor],
+    guidance_scale: float,
+    prompts: Sequence[str] = PARITY_PROMPTS,
+    on_step: Callable[[int], None] | None = None,
+) -> TeacherSamples:
+    """Sample N images' latents with the floating-point model and keep every step.
+
+    Args:
+        unet: the source's UNet, FP32; it is copied.
+        plan: the sampler.
+        latent_shape: C, h, w.
+        encode: prompts to text embeddings [n, L, D].
+        guidance_scale: of classifier-free guidance.
+        prompts: as many as there are are used in turn.
+        on_step: hears each finished step.
+    """
+    count = samples_for(latent_shape)
+    chosen = [prompts[index % len(prompts)] for index in range(count)]
+    embeddings = encode([""] * count + chosen)
+    teacher = StepDenoiser(copy.deepcopy(unet), torch.from_numpy(plan.timesteps)).eval()
+    generator = torch.Generator().manual_seed(_SEED)
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def keep(step: int, model_input: Tensor, output: Tensor) -> None:
+        inputs.append(model_input.clone())
+        outputs.append(output.clone())
+        if on_step is not None:
+            on_step(step)
+
+    run_sampler(
+        plan,
+        lambda model_input, step: guided(teacher, model_input, step, embeddings, guidance_scale),
+        torch.randn(count, *latent_shape, generator=generator),
+        generator=generator,
+        on_step=keep,
+    )
+    return TeacherSamples(embeddings, guidance_scale, torch.stack(inputs), torch.stack(outputs))

@@ -1,0 +1,240 @@
+"""Write a package: graphs, parity, files; nothing is written unless parity holds."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from sdq_engines.errors import SdqError
+from sdq_engines.files import claim_output
+from sdq_engines.lowering.save import save_graph
+from sdq_engines.package.editor import PackageEditor
+from sdq_engines.package.layout import LICENSE, NOTICE, SAMPLER, TOKENIZER, model_file
+from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
+from sdq_engines.package.store import Package, read_manifest
+from sdq_export.checkpoint import QuantizedCheckpoint
+from sdq_export.components import Components, Dtype, make_denoiser, make_reference, make_text_encoder, make_vae_decoder
+from sdq_export.families import sd
+from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
+from sdq_export.parity.components import check_text_encoder, check_vae_decoder
+from sdq_export.parity.samples import PARITY_PROMPTS
+from sdq_export.passes.prologue import prologue_names
+from sdq_export.provenance import notice, source_info, tool_versions
+from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.source import Source
+from sdq_export.tokenizer import text_info, tokenizer_json
+
+__all__ = ["ExportResult", "OnStage", "export_package"]
+
+OnStage = Callable[[str, int, int], None]
+"""Hears a stage's name, how much of it is done, and of how much; 0 of 0 where there is nothing to count."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A written package and what parity measured."""
+
+    package: Package
+    report: ParityReport
+    plan: SamplerPlan
+    samples: TeacherSamples
+    """The teacher's trajectory, for the check of engines."""
+
+
+def export_package(
+    source: Source,
+    out: str | Path,
+    plan: SamplerPlan,
+    guidance_scale: float,
+    *,
+    checkpoint: QuantizedCheckpoint | None = None,
+    dtype: Dtype = "fp16",
+    prompts: Sequence[str] = PARITY_PROMPTS,
+    on_stage: OnStage = lambda name, done, total: None,
+) -> ExportResult:
+    """Export a model, quantized or not, as a package without engines.
+
+    Args:
+        source: the source checkpoint.
+        out: the package's folder: new, empty, or a package to replace.
+        plan: the sampler, with its steps.
+        guidance_scale: the package's default.
+        checkpoint: the quantized denoiser; None exports the source in floating point.
+        dtype: how floating-point weights are stored.
+        prompts: for the parity samples.
+        on_stage: hears what is being done.
+
+    Raises:
+        SdqError: the model has an unsupported form, the folder is not ours, or parity fails (nothing is written then).
+    """
+    _check_match(source, plan, checkpoint)
+    with _claimed(out) as folder:
+        sd.check_source(source)
+        components, report, samples = _make(source, plan, guidance_scale, checkpoint, dtype, prompts, on_stage)
+        report.require()
+        on_stage("writing", 0, 0)
+        manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report)
+        package = _write(folder, source, plan, components, manifest)
+    return ExportResult(package, report, plan, samples)
+
+
+def _check_match(source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint | None) -> None:
+    if checkpoint is None:
+        return
+    if checkpoint.info.source.sha256 != source.sha256:
+        raise SdqError(
+            f"The quantized checkpoint was trained from another {source.model}: its denoiser's hash is not the same.",
+            "Export it beside the checkpoint that it was trained from, or train it again.",
+        )
+    if plan.calls != checkpoint.spec.num_steps:
+        raise SdqError(
+            f"The checkpoint has scales for {checkpoint.spec.num_steps} model calls, this sampler makes {plan.calls}.",
+            "Export it with the scheduler and steps that it was trained with.",
+        )
+
+
+@contextlib.contextmanager
+def _claimed(out: str | Path) -> Iterator[Path]:
+    """The output folder, checked at the start; if the export fails, a folder that it made is gone again."""
+    existed = Path(out).exists()
+    folder = claim_output(out, "package")
+    try:
+        yield folder
+    except BaseException:
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def _make(
+    source: Source,
+    plan: SamplerPlan,
+    guidance_scale: float,
+    checkpoint: QuantizedCheckpoint | None,
+    dtype: Dtype,
+    prompts: Sequence[str],
+    on_stage: OnStage,
+) -> tuple[Components, ParityReport, TeacherSamples]:
+    """Every graph and its parity."""
+    on_stage("sampling with the floating-point model", 0, plan.calls)
+    samples = record_teacher(
+        source.unet,
+        plan,
+        sd.latent_shape(source),
+        lambda texts: sd.encode_prompts(source, texts),
+        guidance_scale,
+        prompts,
+        lambda step: on_stage("sampling with the floating-point model", step + 1, plan.calls),
+    )
+    on_stage("capturing the denoiser", 0, 0)
+    reference = make_reference(source, plan, checkpoint, dtype)
+    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype)
+    report = check_graphs(
+        denoiser,
+        plan,
+        samples,
+        reference,
+        checkpoint,
+        on_stage=lambda name, done, total: on_stage(f"parity, {name.replace('_', ' ')}", done, total),
+    )
+    on_stage("capturing the text encoder", 0, 0)
+    text_encoder, torch_encoder = make_text_encoder(source, dtype)
+    on_stage("capturing the VAE decoder", 0, 0)
+    vae_decoder, torch_vae = make_vae_decoder(source, dtype)
+    on_stage("parity, text encoder and VAE", 0, 0)
+    others = (
+        check_text_encoder(text_encoder, torch_encoder, source.tokenizer, prompts),
+        check_vae_decoder(vae_decoder, torch_vae, samples.model_inputs[-1][:1]),
+    )
+    report = ParityReport(criteria=(*report.criteria, *others))
+    return Components(text_encoder, denoiser, vae_decoder), report, samples
+
+
+def _manifest(
+    folder: Path,
+    source: Source,
+    plan: SamplerPlan,
+    guidance_scale: float,
+    checkpoint: QuantizedCheckpoint | None,
+    dtype: Dtype,
+    components: Components,
+    report: ParityReport,
+) -> Manifest:
+    channels, height, width = sd.latent_shape(source)
+    factor = sd.pixels_per_latent(source)
+    return Manifest(
+        name=folder.resolve().name,
+        family=sd.FAMILY,
+        precision=checkpoint.spec.precision if checkpoint else dtype,
+        io=ModelIO(
+            latent_shape=(channels, height, width),
+            image_size=(height * factor, width * factor),
+            prologue_outputs=prologue_names(components.denoiser.prologue),
+        ),
+        text=[text_info(source.tokenizer)],
+        sampler=SamplerInfo(
+            scheduler=plan.scheduler,
+            config=plan.config,
+            prediction_type=str(plan.config.get("prediction_type", "epsilon")),
+            num_inference_steps=plan.num_inference_steps,
+            num_calls=plan.calls,
+            history=plan.history,
+            stochastic=plan.stochastic,
+            guidance_scale=guidance_scale,
+        ),
+        source=source_info(source, checkpoint),
+        components={name: model_file(name) for name in components.by_name()},
+        tools=tool_versions(),
+        files={},
+        fidelity={"parity": report.to_manifest()},
+    )
+
+
+def _write(folder: Path, source: Source, plan: SamplerPlan, components: Components, manifest: Manifest) -> Package:
+    """Files first, the manifest last; files of a package that was here before go at the end."""
+    before = _files_of(folder)
+    editor = PackageEditor.create(folder)
+    staging = folder / f".staging-{uuid.uuid4().hex[:8]}"
+    try:
+        for name, model in components.by_name().items():
+            _write_graph(editor, model, name, staging / name)
+        editor.add_bytes(TOKENIZER, tokenizer_json(source.tokenizer).encode("utf-8"))
+        editor.add_bytes(SAMPLER, plan.to_bytes())
+        editor.add_bytes(NOTICE, notice(source, manifest.source).encode("utf-8"))
+        if source.license_file is not None:
+            editor.add_file(LICENSE, source.license_file)
+        package = editor.commit(manifest)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    for relative in before - set(package.manifest.files):
+        _remove(folder, relative)
+    return package
+
+
+def _write_graph(editor: PackageEditor, model: ir.Model, name: str, staging: Path) -> None:
+    path = save_graph(model, staging)
+    onnx.checker.check_model(str(path), full_check=True)
+    for file in sorted(staging.iterdir()):
+        editor.move_file(f"{name}/{file.name}", file)
+
+
+def _files_of(folder: Path) -> set[str]:
+    with contextlib.suppress(SdqError):
+        return set(read_manifest(folder).files)
+    return set()
+
+
+def _remove(folder: Path, relative: str) -> None:
+    path = folder.joinpath(*relative.split("/"))
+    path.unlink(missing_ok=True)
+    for parent in path.parents:
+        if parent == folder or any(parent.iterdir()):
+            break
+        parent.rmdir()

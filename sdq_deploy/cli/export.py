@@ -1,0 +1,272 @@
+"""`sdq-deploy export`: a run or a model becomes a package, with engines if asked."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
+from sdq_engines.errors import SdqError
+
+if TYPE_CHECKING:
+    from sdq_engines.package.schema import ShapeProfile
+    from sdq_engines.package.store import Package
+    from sdq_export.checkpoint import QuantizedCheckpoint
+    from sdq_export.parity import ParityReport
+    from sdq_export.sampler import SamplerPlan
+    from sdq_export.source import Source
+    from sdq_export.writer import ExportResult, OnStage
+
+__all__ = ["register"]
+
+_DEFAULT_STEPS, _DEFAULT_GUIDANCE = 50, 7.5
+"""diffusers' own, for a MODEL exported without saying otherwise."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(export)
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="A finished training run, or a model (diffusers folder, hub id, shapes-64) to export unquantized.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The package's folder.", show_default=False)],
+    engine: Annotated[
+        list[str] | None,
+        typer.Option("--engine", help="Repeatable: auto, tensorrt, tensorrt-rtx, openvino, onnxruntime."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="How floating-point weights are stored: fp16, or fp32 (an unquantized model only).")
+    ] = "fp16",
+    scheduler: Annotated[str | None, typer.Option(help="A MODEL's sampler; its own if not given.")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(help=f"A MODEL's steps; {_DEFAULT_STEPS} if not given.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help=f"The package's default; the run's, or {_DEFAULT_GUIDANCE} for a MODEL.")
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="Images per call of the engines.")] = "1,1,4",
+    revision: Annotated[str | None, typer.Option(help="Of a MODEL on the hub.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Export a quantized run, or a model as it is, as a package; nothing is written unless the graphs prove faithful.
+
+    Example: sdq-deploy export RUN --out package --engine openvino --engine tensorrt-rtx
+    """
+    from sdq_engines.backends.registry import check_engine_name
+    from sdq_engines.build import choose_engine
+
+    stored = _dtype(dtype)
+    profile = _profile(batch)
+    for name in engine or []:
+        check_engine_name(name)
+    engines = list(dict.fromkeys(choose_engine(name) for name in engine or []))
+    require_extra("train", "torch", "diffusers", "transformers", "onnxscript", "onnxruntime")
+    _quiet_libraries()
+
+    if _is_run(source):
+        model, plan, guidance, checkpoint = _open_run(source, scheduler, num_inference_steps, stored)
+    else:
+        model, plan, guidance, checkpoint = _open_model(source, revision, scheduler, num_inference_steps)
+    with _stages() as on_stage:
+        from sdq_export.writer import export_package
+
+        result = export_package(
+            model,
+            out,
+            plan,
+            guidance if guidance_scale is None else guidance_scale,
+            checkpoint=checkpoint,
+            dtype=stored,
+            on_stage=on_stage,
+        )
+    if not json:
+        _print_parity(result.report)
+    package = result.package
+    for name in engines:
+        package = _build(result, package, name, profile, quiet=json)
+    _finish(package, json)
+
+
+def _dtype(name: str) -> Literal["fp32", "fp16"]:
+    if name == "fp32" or name == "fp16":
+        return name
+    raise SdqError(f"There is no dtype {name!r}.", "Give --dtype fp16 or --dtype fp32.")
+
+
+def _profile(batch: str) -> ShapeProfile:
+    from pydantic import ValidationError
+
+    from sdq_engines.package.schema import ShapeProfile
+
+    try:
+        low, best, high = (int(part) for part in batch.split(","))
+        profile = ShapeProfile(batch_min=low, batch_opt=best, batch_max=high)
+    except (ValueError, ValidationError) as error:
+        raise SdqError(
+            f"--batch takes three whole numbers from 1 on, MIN,OPT,MAX; {batch!r} is not that.",
+            "For example --batch 1,1,4",
+        ) from error
+    if not low <= best <= high:
+        raise SdqError(f"--batch wants MIN <= OPT <= MAX; {batch} is not ordered.", "For example --batch 1,1,4")
+    return profile
+
+
+def _is_run(source: str) -> bool:
+    """A training run, finished or not, or a quantized checkpoint alone."""
+    folder = Path(source)
+    return any((folder / name).is_file() for name in ("run.json", "quant.json"))
+
+
+def _open_run(
+    run: str, scheduler: str | None, steps: int | None, dtype: str
+) -> tuple[Source, SamplerPlan, float, QuantizedCheckpoint]:
+    """The source, sampler, guidance and tensors of a finished run."""
+    import diffusers
+
+    from sdq_deploy.models import resolve_model
+    from sdq_export.checkpoint import load_checkpoint
+    from sdq_export.sampler import compile_sampler
+    from sdq_export.source import load_source
+
+    _require_finished(Path(run))
+    checkpoint = load_checkpoint(run)
+    settings = checkpoint.info.sampler
+    if dtype != "fp16":
+        raise SdqError("A quantized run stores its other weights in FP16.", "Leave --dtype out, or export the MODEL.")
+    _require_same_sampler(settings.scheduler, settings.num_inference_steps, scheduler, steps)
+    source = load_source(resolve_model(checkpoint.info.source.model), checkpoint.info.source.revision)
+    made = getattr(diffusers, settings.scheduler).from_config(settings.config)
+    return source, compile_sampler(made, settings.num_inference_steps), settings.guidance_scale, checkpoint
+
+
+def _require_finished(run: Path) -> None:
+    status_file = run / "run.json"
+    if not status_file.is_file():
+        return
+    try:
+        status = json_module.loads(status_file.read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError, AttributeError) as error:
+        raise SdqError(f"{status_file} cannot be read: {error}.", "Train it again.") from error
+    if status != "complete":
+        raise SdqError(
+            f"The training in {run} is not finished: it stopped in the stage {status!r}.",
+            f"Finish it: sdq-deploy train MODEL --out {run} --resume",
+        )
+
+
+def _require_same_sampler(trained: str, trained_steps: int, scheduler: str | None, steps: int | None) -> None:
+    """Steps and scheduler belong to the training: the scales were learned for them."""
+    from sdq_export.sampler import make_scheduler
+
+    asked = type(make_scheduler(scheduler, {})).__name__ if scheduler is not None else trained
+    if asked != trained or (steps is not None and steps != trained_steps):
+        raise SdqError(
+            f"The run was trained for {trained} with {trained_steps} steps; its scales hold for no other sampler.",
+            "Leave --scheduler and --num-inference-steps out, or train again with them.",
+        )
+
+
+def _open_model(
+    model: str, revision: str | None, scheduler: str | None, steps: int | None
+) -> tuple[Source, SamplerPlan, float, None]:
+    """The source and sampler of an unquantized export."""
+    from sdq_deploy.models import resolve_model
+    from sdq_export.sampler import compile_sampler, make_scheduler
+    from sdq_export.source import load_source
+
+    source = load_source(resolve_model(model), revision)
+    own = source.scheduler
+    made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
+    return source, compile_sampler(made, steps or _DEFAULT_STEPS), _DEFAULT_GUIDANCE, None
+
+
+@contextmanager
+def _stages() -> Iterator[OnStage]:
+    """One bar a stage, as the export reports them; a stage that cannot be counted pulses."""
+    with new_progress() as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_stage(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                for task in tasks.values():
+                    progress.update(
+                        task, total=progress.tasks[task].total or 1, completed=progress.tasks[task].total or 1
+                    )
+                tasks[name] = progress.add_task(name, total=total or None)
+            progress.update(tasks[name], completed=done)
+
+        yield on_stage
+        for task in tasks.values():
+            total = progress.tasks[task].total or 1
+            progress.update(task, total=total, completed=total)
+
+
+def _print_parity(report: ParityReport) -> None:
+    """One line a criterion: the worst step and the limit."""
+    from rich.table import Table
+
+    table = Table("parity", "worst", "limit", "mean", "steps", "worst at", box=None, pad_edge=False)
+    for criterion in report.criteria:
+        mean = sum(criterion.per_step) / len(criterion.per_step)
+        table.add_row(
+            criterion.name,
+            f"{criterion.worst:.3g}",
+            f"{criterion.limit:.3g}",
+            f"{mean:.3g}",
+            str(len(criterion.steps)),
+            criterion.worst_at,
+        )
+    status_console.print(table)
+
+
+def _build(result: ExportResult, package: Package, engine: str, profile: ShapeProfile, quiet: bool) -> Package:
+    """Build an engine and, where this machine can run it, hold it to parity's last criterion."""
+    from sdq_engines.build import build_engine
+    from sdq_export.engines import check_built_engine
+
+    with status_console.status(f"{engine}: starting") as status:
+        package = build_engine(
+            package,
+            engine,
+            profile,
+            on_progress=lambda component, stage: status.update(f"{engine}: {stage} {component}"),
+        )
+        status.update(f"{engine}: parity")
+        package, criterion = check_built_engine(package, engine, result)
+    if not quiet:
+        entry = package.manifest.engines[engine]
+        proof = f"parity {criterion.worst:.3f} (at most {criterion.limit})" if criterion else "does not run here"
+        console.print(f"{engine}  {entry.version}, built in {entry.build_seconds:.1f} s, {proof}")
+    return package
+
+
+def _finish(package: Package, json: bool) -> None:
+    if json:
+        print_json({"package": str(package.folder), **package.manifest.model_dump(mode="json", exclude={"files"})})
+        return
+    size = sum(entry.size for entry in package.manifest.files.values())
+    engines = ", ".join(package.manifest.engines) or "none; add one: sdq-deploy build PACKAGE --engine auto"
+    console.print(f"{package.folder}  {package.manifest.precision}, {size / 1e6:.1f} MB, engines: {engines}")
+
+
+def _quiet_libraries() -> None:
+    """Loading bars of the model libraries would tear our own display."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
