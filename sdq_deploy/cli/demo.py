@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, console, print_json, require_extra
+from sdq_deploy.cli.shared import Interrupted, JsonOption, console, print_json, require_extra
 
 __all__ = ["register"]
 
@@ -57,7 +57,10 @@ def demo(
         train_options=tuple(options),
         seed=seed,
     )
-    report = run_demo(settings, command)
+    try:
+        report = run_demo(settings, command)
+    except (Interrupted, KeyboardInterrupt) as interrupt:
+        raise KeyboardInterrupt("Run the same command again: finished stages are kept.") from interrupt
     page = write_report(report, out)
     if json:
         print_json(report.model_dump())

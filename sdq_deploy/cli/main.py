@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sdq_deploy.cli import demo, export, packages, train
-from sdq_deploy.cli.shared import status_console
+from sdq_deploy.cli.shared import Interrupted, InterruptibleGroup, status_console
 from sdq_engines.errors import SdqError
 
 __all__ = ["app", "run"]
@@ -19,6 +19,7 @@ _EPILOG = "Start with: sdq-deploy demo. Then: train → export → run. Document
 
 app = typer.Typer(
     name="sdq-deploy",
+    cls=InterruptibleGroup,
     help="Quantize Stable Diffusion, export it, and ship it as a package whose fidelity is measured.",
     epilog=_EPILOG,
     no_args_is_help=True,
@@ -46,8 +47,8 @@ _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 #: How native libraries (safetensors, tokenizers) spell the operating system's code in their own exceptions.
 _NATIVE_CODE = re.compile(r"\(os error (\d+)\)")
 
-#: What torch.save says when a write fails, whatever the reason.
-_TORCH_WRITE = "PytorchStreamWriter failed"
+#: Where torch.save's own errors come from when a write fails, whatever the reason.
+_TORCH_WRITE = ("PytorchStreamWriter failed", "inline_container.cc")
 
 
 def _print_version(value: bool) -> None:
@@ -79,9 +80,9 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except typer.Abort as abort:
-        # The parser turns Ctrl-C into Abort; what the command had to say about it is in the cause.
-        _interrupted(str(abort.__cause__ or ""))
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as interrupt:
+        status_console.print(f"\nInterrupted. {interrupt}".rstrip(), markup=False, soft_wrap=True)
+        sys.exit(130)
     except _UsageError as error:
         error.show()
         sys.exit(2)
@@ -104,14 +105,9 @@ def _write_failure(error: Exception) -> str | None:
     if code in _OS_ERRORS:
         where = getattr(error, "filename", None)
         return f"{_OS_ERRORS[code]}{f' ({where})' if where else ''}."
-    if _TORCH_WRITE in str(error):
+    if any(mark in str(error) for mark in _TORCH_WRITE):
         return "A file could not be written; the disk is probably full."
     return None
-
-
-def _interrupted(hint: str = "") -> None:
-    status_console.print(f"\nInterrupted. {hint}".rstrip())
-    sys.exit(130)
 
 
 if __name__ == "__main__":

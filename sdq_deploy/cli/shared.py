@@ -7,18 +7,43 @@ import json
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sdq_engines.errors import SdqError
 
-__all__ = ["JsonOption", "console", "new_progress", "print_json", "require_extra", "status_console"]
+__all__ = [
+    "Interrupted",
+    "InterruptibleGroup",
+    "JsonOption",
+    "console",
+    "new_progress",
+    "print_json",
+    "require_extra",
+    "status_console",
+]
 
 #: Results go to standard output, progress and messages to standard error, so that a pipe sees results alone.
 console = Console(highlight=False)
 status_console = Console(stderr=True, highlight=False)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON for machines.")]
+
+
+class Interrupted(Exception):
+    """Ctrl-C in a command; the message says how to go on."""
+
+
+class InterruptibleGroup(typer.core.TyperGroup):
+    """The app's group: keeps what a command had to say about Ctrl-C, which the parser would drop."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(str(interrupt)) from interrupt
 
 
 def print_json(value: Any) -> None:
