@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -31,8 +32,8 @@ class Criterion(BaseModel):
 
     @property
     def worst(self) -> float:
-        """The largest figure."""
-        return max(self.per_step)
+        """The largest figure; NaN if there is one."""
+        return next((figure for figure in self.per_step if math.isnan(figure)), max(self.per_step))
 
     @property
     def passed(self) -> bool:
@@ -68,7 +69,7 @@ class ParityReport(BaseModel):
                 raise SdqError(
                     f"Parity failed at step {step}{where}: {criterion.says} is {criterion.worst:.3g}, "
                     f"at most {criterion.limit:.3g} is wanted; {consequence}.",
-                    "It would not make the images of the trained model. Please report the model, the recipe and the figures.",
+                    "It would not make the trained model's images. Please report the model, the recipe and the figures.",
                 )
 
     def to_manifest(self) -> dict[str, Any]:

@@ -22,13 +22,17 @@ __all__ = ["SiteFigures", "measure_sites"]
 
 _LAYERS_AT_ONCE = 32
 
+_CHANCE_TIES = 3
+"""x * (s_ref / s_t) / s_ref and x / s_t differ in the last bit, which moves a few values per 100,000 over a rounding
+boundary; in a tensor of 2,000 elements one such value alone would be a share of 5e-4, so this many are not counted."""
+
 
 @dataclass(frozen=True)
 class SiteFigures:
     """The worst of all sites at one step.
 
     Attributes:
-        off_by_one: share of integers that differ by one from the reference's.
+        off_by_one: share of integers that differ from the reference's, the first `_CHANCE_TIES` not counted.
         largest_difference: of two integers.
         output_error: relative L2 distance of a layer's output from torch's on the same integers.
         worst_layer: where ``output_error`` was found.
@@ -146,7 +150,8 @@ def _compare(
         low, high = grid_limits(site.bits)
         wanted = torch.clamp(torch.round(source / scale), low, high)
         difference = (integers - wanted).abs()
-        share, largest = float((difference > 0).float().mean()), int(difference.max())
+        beyond_chance = max(0, int((difference > 0).sum()) - _CHANCE_TIES)
+        share, largest = beyond_chance / difference.numel(), int(difference.max())
         inputs = integers * scale
     expected = _apply(module, inputs, probe.has_bias)
     result = torch.from_numpy(found[probe.result])

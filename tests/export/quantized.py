@@ -1,0 +1,84 @@
+"""Quantized checkpoints without training: weights by their largest value, activations by what random inputs reach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdq_export.checkpoint import (
+    CheckpointInfo,
+    QuantizedCheckpoint,
+    SamplerSettings,
+    SourceRef,
+    quantize_weight,
+    scale_key,
+    weight_key,
+    weight_scale_key,
+)
+from sdq_export.quantspec import QuantizedPrecision, QuantSpec, WeightSite, grid_limits
+from sdq_export.sampler import SamplerPlan
+from sdq_export.sites import find_sites
+from sdq_export.source import Source
+
+TIME_PATH = ("time_embedding", "time_emb_proj")
+
+
+def quantized_checkpoint(
+    source: Source, plan: SamplerPlan, precision: QuantizedPrecision, groups: int | None = None, **options: Any
+) -> QuantizedCheckpoint:
+    """A checkpoint of ``source`` whose per-step scales differ by up to a third between steps."""
+    unet = source.unet
+    spec = find_sites(unet, plan.calls, precision, groups=groups, **options)
+    tensors = {
+        name: tensor.clone() for name, tensor in unet.state_dict().items() if not any(part in name for part in TIME_PATH)
+    }
+    for site in spec.weights:
+        weight = unet.get_submodule(site.layer).weight
+        tensors[weight_scale_key(site.layer)] = scale = largest_value_scale(weight, site)
+        tensors[weight_key(site.layer)] = quantize_weight(weight, scale, site)
+    tensors |= activation_scales(unet, spec)
+    info = CheckpointInfo(
+        spec=spec,
+        sampler=SamplerSettings(
+            scheduler=plan.scheduler,
+            config=plan.config,
+            num_inference_steps=plan.num_inference_steps,
+            guidance_scale=4.0,
+        ),
+        source=SourceRef(model=source.model, sha256=source.sha256),
+    )
+    return QuantizedCheckpoint(info, tensors)
+
+
+def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
+    """[C_out] or [C_out, blocks]: the largest value is the grid's end."""
+    blocks = 1 if site.block_size is None else weight.shape[1] // site.block_size
+    largest = weight.reshape(weight.shape[0], blocks, -1).abs().amax(-1)
+    scale = (largest / grid_limits(site.bits)[1]).clamp_min(1e-6)
+    return scale if site.block_size is not None else scale[:, 0]
+
+
+def activation_scales(unet: Any, spec: QuantSpec) -> dict[str, Tensor]:
+    """[G] for each site: its largest value on random inputs, times 0.85 to 1.15."""
+    largest: dict[str, float] = {}
+    hooks = []
+    for site in spec.activations:
+
+        def remember(_: Any, inputs: tuple[Tensor, ...], name: str = site.name) -> None:
+            largest[name] = max(largest.get(name, 0.0), float(inputs[0].abs().max()))
+
+        hooks.append(unet.get_submodule(site.consumers[0]).register_forward_pre_hook(remember))
+    generator = torch.Generator().manual_seed(0)
+    config = unet.config
+    with torch.no_grad():
+        for timestep in (1, 300, 900):
+            latents = torch.randn(4, config.in_channels, 8, 8, generator=generator)
+            unet(latents, timestep, torch.randn(4, 16, config.cross_attention_dim, generator=generator))
+    for hook in hooks:
+        hook.remove()
+    return {
+        scale_key(site.name): largest[site.name] / 127 * (0.85 + 0.3 * torch.rand(site.num_groups, generator=generator))
+        for site in spec.activations
+    }
