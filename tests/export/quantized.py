@@ -31,9 +31,8 @@ def quantized_checkpoint(
     """A checkpoint of ``source`` whose per-step scales differ by up to a third between steps."""
     unet = source.unet
     spec = find_sites(unet, plan.calls, precision, groups=groups, **options)
-    tensors = {
-        name: tensor.clone() for name, tensor in unet.state_dict().items() if not any(part in name for part in TIME_PATH)
-    }
+    kept = [name for name in unet.state_dict() if not any(part in name for part in TIME_PATH)]
+    tensors = {name: unet.state_dict()[name].clone() for name in kept}
     for site in spec.weights:
         weight = unet.get_submodule(site.layer).weight
         tensors[weight_scale_key(site.layer)] = scale = largest_value_scale(weight, site)

@@ -69,7 +69,7 @@ class ParityReport(BaseModel):
                 raise SdqError(
                     f"Parity failed at step {step}{where}: {criterion.says} is {criterion.worst:.3g}, "
                     f"at most {criterion.limit:.3g} is wanted; {consequence}.",
-                    "It would not make the trained model's images. Please report the model, the recipe and the figures.",
+                    "It would not make the trained model's images. Please report model, recipe and figures.",
                 )
 
     def to_manifest(self) -> dict[str, Any]:
