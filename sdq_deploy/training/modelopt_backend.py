@@ -22,7 +22,14 @@ from sdq_deploy.training.lsq import broadcast_scale, fake_quantize_lsq, sample_s
 from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite
 from sdq_export.stepping import StepDenoiser, StepState
 
-__all__ = ["BACKEND", "activation_quantizers", "import_modelopt", "insert_quantizers", "weight_quantizers"]
+__all__ = [
+    "BACKEND",
+    "activation_quantizers",
+    "import_modelopt",
+    "insert_quantizers",
+    "only_conv_and_linear",
+    "weight_quantizers",
+]
 
 #: Name under which modelopt's TensorQuantizer finds our forward.
 BACKEND = "sdq-lsq"
@@ -80,7 +87,7 @@ def import_modelopt() -> Any:
 
 
 @contextlib.contextmanager
-def _only_conv_and_linear() -> Iterator[None]:
+def only_conv_and_linear() -> Iterator[None]:
     """Have modelopt replace Conv2d and Linear only.
 
     Its replacement of diffusers' Attention has no backward, even with its quantizers off, and a `*input_quantizer`
@@ -113,7 +120,7 @@ def insert_quantizers(denoiser: StepDenoiser, spec: QuantSpec, scales: Mapping[s
 
     if not is_registered_quant_backend(BACKEND):
         register_quant_backend(BACKEND, _entrypoint)
-    with _only_conv_and_linear(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    with only_conv_and_linear(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mtq.quantize(denoiser.unet, {"quant_cfg": _quantizer_config(spec), "algorithm": None})
     for weight in spec.weights:

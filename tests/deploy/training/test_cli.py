@@ -1,0 +1,90 @@
+"""`sdq-deploy train` from outside: exit codes and sentences."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.training.helpers import ROOT, SMALL
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "sdq_deploy.cli.main", "train", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "export", "engines"))
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+
+
+def sdq_train(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=500)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(f"a red circle number {index}" for index in range(10)), encoding="utf-8")
+    return path
+
+
+def small_options() -> list[str]:
+    return ["--recipe", "shapes-64", *(part for key, value in SMALL.items() for part in ("--set", f"{key}={value}"))]
+
+
+def test_user_errors_are_one_sentence_and_write_nothing(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n", encoding="utf-8")
+    cases: list[tuple[list[str | Path], int, str]] = [
+        ([tmp_path / "nothing", "--out", out, "--prompts", prompts], 1, "does not exist"),
+        ([tmp_path, "--out", out, "--prompts", prompts], 1, "not a diffusers folder"),
+        ([tiny_sd, "--out", out], 1, "needs prompts"),
+        ([tiny_sd, "--out", out, "--prompts", empty], 1, "is empty"),
+        ([tiny_sd, "--out", out, "--prompts", prompts, "--scheduler", "dimm"], 1, "sampling.scheduler: found 'dimm'"),
+        ([tiny_sd, "--out", out, "--prompts", prompts, "--precision", "w2a2"], 2, "w4a16"),
+        ([tiny_sd, "--out", prompts, "--prompts", prompts], 1, "is a file"),
+    ]
+    for arguments, code, words in cases:
+        result = sdq_train(*arguments)
+        assert result.returncode == code, result.stderr
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not out.exists() or not any(out.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and resource limits of POSIX")
+def test_a_full_disk_is_one_sentence(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk."""
+    limited = ["bash", "-c", 'trap "" XFSZ; ulimit -f 8; exec "$@"', "bash"]
+    arguments = command(tiny_sd, "--out", tmp_path / "run", "--prompts", prompts, "--cpu", *small_options())
+    result = subprocess.run([*limited, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "limit" in result.stderr.lower() or "disk" in result.stderr.lower()
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_names_the_command_that_continues_and_it_does(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = command(tiny_sd, "--out", out, "--prompts", prompts, "--cpu", *small_options())
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+    while not list((out / "dataset").glob("training-*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"sdq-deploy train {tiny_sd} --out {out} --resume" in stderr
+    assert "Traceback" not in stderr
+    resumed = sdq_train(tiny_sd, "--out", out, "--resume", "--cpu")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "w4a8: " in resumed.stdout
+    again = sdq_train(tiny_sd, "--out", out, "--resume", "--cpu", "--json")
+    assert '"stages_run": []' in again.stdout

@@ -1,0 +1,106 @@
+"""Stages are skipped when their inputs have not changed, and run again when they have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdq_deploy.training.ptq import UNTRAINED_METHODS, untrained_checkpoint
+from sdq_deploy.training.run import run_training
+from sdq_engines.errors import SdqError
+from sdq_export.checkpoint import load_checkpoint
+from sdq_export.reference import build_reference
+from sdq_export.source import load_source
+from tests.deploy.training.helpers import small_settings
+
+
+def train_again(model: Path, finished: Path, out: Path, overrides: dict[str, Any] | None = None) -> list[str]:
+    shutil.copytree(finished, out)
+    return run_training(small_settings(model, out, overrides), resume=True, cpu=True, quiet=True)
+
+
+def test_nothing_runs_twice(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:
+    assert train_again(tiny_sd, finished_run, tmp_path / "run") == []
+
+
+def test_only_what_depends_on_a_change_runs_again(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:
+    assert train_again(tiny_sd, finished_run, tmp_path / "run", {"fit.max_train_steps": 1}) == ["fit", "save"]
+
+
+def test_another_run_gives_its_dataset(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    settings = small_settings(tiny_sd, out, {"quantization.precision": "w8a8", "fit.max_train_steps": 0})
+    run_training(settings, cpu=True, quiet=True, dataset=finished_run)
+    for path in (finished_run / "dataset").glob("*-*.safetensors"):
+        assert (out / "dataset" / path.name).stat().st_mtime_ns == path.stat().st_mtime_ns
+    assert load_checkpoint(out).spec.precision == "w8a8"
+
+
+def test_a_folder_with_a_training_needs_resume(tiny_sd: Path, finished_run: Path) -> None:
+    with pytest.raises(SdqError, match="already holds a training") as caught:
+        run_training(small_settings(tiny_sd, finished_run), cpu=True, quiet=True)
+    assert "--resume" in caught.value.hint
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("final", encoding="utf-8")
+    with pytest.raises(SdqError, match="was not made by sdq-deploy"):
+        run_training(small_settings(tiny_sd, tmp_path), cpu=True, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("stage", ["collect", "precompute", "calibrate", "sensitivity", "fit", "save"])
+def test_an_interrupt_names_the_command_that_continues(
+    tiny_sd: Path, finished_run: Path, tmp_path: Path, stage: str
+) -> None:
+    """Ctrl-C in each stage: raised by the stage's own progress bar, as a signal would."""
+    out = tmp_path / "run"
+    shutil.copytree(finished_run, out)
+    status = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    names = list(status["stages"])
+    for name in names[names.index(stage) :]:
+        del status["stages"][name]
+    (out / "run.json").write_text(json.dumps(status), encoding="utf-8")
+    if stage == "collect":
+        shutil.rmtree(out / "dataset")
+    from sdq_deploy.training.context import TrainingContext
+
+    original = TrainingContext.bar
+
+    def interrupted(self: TrainingContext, description: str, total: int, done: int = 0) -> Any:
+        if description == stage:
+            raise KeyboardInterrupt
+        return original(self, description, total, done)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingContext, "bar", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="--resume"):
+            run_training(small_settings(tiny_sd, out), resume=True, cpu=True, quiet=True)
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["status"] == stage
+    with pytest.raises(SdqError):
+        load_checkpoint(out)
+    assert stage in run_training(small_settings(tiny_sd, out), resume=True, cpu=True, quiet=True)
+    assert load_checkpoint(out).spec.precision == "w4a8"
+
+
+@pytest.mark.parametrize("method", UNTRAINED_METHODS)
+def test_untrained_checkpoints_have_the_same_sites(tiny_sd: Path, finished_run: Path, method: Any) -> None:
+    source = load_source(tiny_sd)
+    untrained, trained = untrained_checkpoint(finished_run, method, source), load_checkpoint(finished_run)
+    assert untrained.spec.weights == trained.spec.weights
+    assert [(site.name, site.consumers) for site in untrained.spec.activations] == [
+        (site.name, site.consumers) for site in trained.spec.activations
+    ]
+    from tests.deploy.training.helpers import small_context
+
+    context = small_context(tiny_sd, finished_run)
+    from sdq_deploy.training.dataset import load_split
+    from sdq_deploy.training.trajectory import trajectory_snr
+
+    reference = build_reference(source.unet, untrained.spec, untrained.tensors, context.timesteps)
+    snr = trajectory_snr(context, reference, load_split(finished_run / "dataset", "validation"))
+    assert snr > 10
