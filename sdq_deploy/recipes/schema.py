@@ -113,6 +113,8 @@ class Fit(_Section):
     """Over all processes; each latent counts once, whatever the guidance."""
     loss: Literal["guided", "separate"]
     """What the output loss compares: the guided output, as the sampler uses it, or both model outputs by themselves."""
+    step_weighting: float = Field(ge=0, le=2)
+    """0: the output loss of all steps counts alike; 1: by what the sampler makes of it in the final latents."""
     ild_weight: float = Field(ge=0)
     """lambda of the inter-layer distillation."""
     weight_lr: PerBits

@@ -22,7 +22,7 @@ from sdq_deploy.training.ema import MovingAverage
 from sdq_deploy.training.freezing import FreezingTracker
 from sdq_deploy.training.guidance import ModelOutputs, predict_outputs
 from sdq_deploy.training.log import TrainingLog, read_log
-from sdq_deploy.training.losses import distillation_loss, layer_outputs, output_loss
+from sdq_deploy.training.losses import distillation_loss, layer_outputs, output_loss, step_weights
 from sdq_deploy.training.student import Student, parameter_groups
 from sdq_deploy.training.trajectory import trajectory_snr
 from sdq_engines.files import atomic_write, atomic_write_json
@@ -87,6 +87,7 @@ class Fitting:
         self.average = MovingAverage(self.student.denoiser, self.recipe.ema_decay)
         self.training, self.held_out = (load_split(context.folder.dataset, name) for name in ("training", "validation"))
         self.source = make_source(context, self.training)
+        self.step_weights = step_weights(context.plan, self.recipe.step_weighting).to(context.device)
         self.step = 0
         self.result: dict[str, Any] = {}
 
@@ -139,8 +140,8 @@ class Fitting:
                 _, features = self._teach(batch, layers)
         with layer_outputs(self.student.denoiser, layers) as hidden:
             outputs = predict_outputs(self.trainee, batch.latents, batch.steps, batch.embeddings, batch.empty)
-        scale = self.context.recipe.sampling.guidance_scale
-        losses = {"loss_output": output_loss(outputs, target, self.recipe.loss, scale)}
+        scale, weights = self.context.recipe.sampling.guidance_scale, self.step_weights[batch.steps]
+        losses = {"loss_output": output_loss(outputs, target, self.recipe.loss, scale, weights)}
         losses["loss"] = losses["loss_output"]
         if layers:
             losses["loss_ild"] = distillation_loss(hidden, features)

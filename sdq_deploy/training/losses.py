@@ -10,25 +10,48 @@ import torch
 from torch import Tensor, nn
 
 from sdq_deploy.training.guidance import ModelOutputs, guide
+from sdq_export.sampler import SamplerPlan
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["distillation_loss", "layer_outputs", "output_loss"]
+__all__ = ["distillation_loss", "layer_outputs", "output_loss", "step_weights"]
+
+
+def step_weights(plan: SamplerPlan, power: float) -> Tensor:
+    """How much each step's output loss counts, f32 [T], of mean 1.
+
+    c_t is what the sampler makes of the model's output at step t in the final latents, were the later outputs fixed
+    (for DDIM the step in sigma); the weight is c_t^(2 power): 0 counts all steps alike, 1 as the final error does.
+    """
+    influence, carried = torch.zeros(plan.calls), torch.eye(plan.slots)[0]
+    for step in reversed(range(plan.calls)):
+        row = plan.step_map(0, step)
+        influence[step] = float(carried @ torch.from_numpy(row.output))
+        carried = carried @ torch.from_numpy(row.matrix)
+    weights = influence.abs().pow(2 * power)
+    return weights / weights.mean()
 
 
 def output_loss(
-    student: ModelOutputs, teacher: ModelOutputs, kind: Literal["guided", "separate"], guidance_scale: float
+    student: ModelOutputs,
+    teacher: ModelOutputs,
+    kind: Literal["guided", "separate"],
+    guidance_scale: float,
+    weights: Tensor,
 ) -> Tensor:
-    """Mean squared error of the model's output.
+    """Mean squared error of the model's output, samples weighted by `weights` f32 [B].
 
     "guided" compares what the sampler is given, unconditional + g (conditional - unconditional): an error that both
     passes share then counts once, one that they do not share counts g-fold, as it does in the image. "separate" is the
     mean of both passes' own errors.
     """
     if kind == "guided" or student.unconditional is None or teacher.unconditional is None:
-        return (guide(student, guidance_scale).float() - guide(teacher, guidance_scale).float()).square().mean()
-    conditional = (student.conditional.float() - teacher.conditional.float()).square().mean()
-    unconditional = (student.unconditional.float() - teacher.unconditional.float()).square().mean()
-    return (conditional + unconditional) / 2
+        return _weighted_error(guide(student, guidance_scale), guide(teacher, guidance_scale), weights)
+    conditional = _weighted_error(student.conditional, teacher.conditional, weights)
+    return (conditional + _weighted_error(student.unconditional, teacher.unconditional, weights)) / 2
+
+
+def _weighted_error(found: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    return ((found.float() - wanted.float()).square().flatten(1).mean(dim=1) * weights).mean()
 
 
 def distillation_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
