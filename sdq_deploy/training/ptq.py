@@ -7,7 +7,7 @@ import copy
 import io
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -22,27 +22,32 @@ from sdq_deploy.training.modelopt_backend import import_modelopt, only_conv_and_
 from sdq_deploy.training.run import make_accelerator, read_settings
 from sdq_deploy.training.student import Student
 from sdq_engines.errors import SdqError
-from sdq_export.checkpoint import CheckpointInfo, QuantizedCheckpoint, scale_key, weight_scale_key
+from sdq_export.checkpoint import CheckpointInfo, scale_key, weight_scale_key
 from sdq_export.quantspec import QuantSpec
 from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["UNTRAINED_METHODS", "Method", "modelopt_scales", "untrained_checkpoint"]
+__all__ = ["METHODS", "modelopt_scales", "quantize_without_training"]
 
-Method = Literal["search", "modelopt-max", "modelopt-mse"]
-UNTRAINED_METHODS: tuple[Method, ...] = get_args(Method)
+#: Where initial scales can come from, and what a table calls it. ModelOpt knows no steps: one scale per activation.
+METHODS: dict[str, str] = {
+    "search": "weight search and per-step scales",
+    "modelopt-max": "ModelOpt max",
+    "modelopt-mse": "ModelOpt mse",
+}
 
 #: Latents per step that ModelOpt calibrates on, and how many pass together.
 SAMPLES_PER_STEP, BATCH = 16, 16
 
 
-def untrained_checkpoint(run: Path, method: Method, source: Source | None = None) -> QuantizedCheckpoint:
-    """The quantized checkpoint of a run's sites and serial dataset, but without training.
+def quantize_without_training(
+    run: Path, method: str, source: Source | None = None
+) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """What a quantized checkpoint holds, for a run's sites and serial dataset, but without training.
 
     Args:
         run: a training run whose stages up to calibrate are done.
-        method: "search": our weight search and per-step activation scales, where training starts from.
-            "modelopt-max", "modelopt-mse": ModelOpt's own; they know no steps: one scale per activation.
+        method: one of `METHODS`; "search" is where training starts from.
         source: the run's source checkpoint, if it is loaded already.
 
     Raises:
@@ -61,7 +66,7 @@ def untrained_checkpoint(run: Path, method: Method, source: Source | None = None
     info = CheckpointInfo(
         spec=spec, sampler=context.sampler_settings, source=context.source_ref, notes={"untrained": method}
     )
-    return QuantizedCheckpoint(info=info, tensors=tensors)
+    return info, tensors
 
 
 def _context_of(run: Path, source: Source | None) -> TrainingContext:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdq_deploy.training.ptq import UNTRAINED_METHODS, untrained_checkpoint
+from sdq_deploy.training.ptq import METHODS, quantize_without_training
 from sdq_deploy.training.run import run_training
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import load_checkpoint
@@ -87,10 +87,13 @@ def test_an_interrupt_names_the_command_that_continues(
     assert load_checkpoint(out).spec.precision == "w4a8"
 
 
-@pytest.mark.parametrize("method", UNTRAINED_METHODS)
-def test_untrained_checkpoints_have_the_same_sites(tiny_sd: Path, finished_run: Path, method: Any) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_untrained_checkpoints_have_the_same_sites(tiny_sd: Path, finished_run: Path, method: str) -> None:
     source = load_source(tiny_sd)
-    untrained, trained = untrained_checkpoint(finished_run, method, source), load_checkpoint(finished_run)
+    (untrained, tensors), trained = (
+        quantize_without_training(finished_run, method, source),
+        load_checkpoint(finished_run),
+    )
     assert untrained.spec.weights == trained.spec.weights
     assert [(site.name, site.consumers) for site in untrained.spec.activations] == [
         (site.name, site.consumers) for site in trained.spec.activations
@@ -101,6 +104,6 @@ def test_untrained_checkpoints_have_the_same_sites(tiny_sd: Path, finished_run: 
     from sdq_deploy.training.dataset import load_split
     from sdq_deploy.training.trajectory import trajectory_snr
 
-    reference = build_reference(source.unet, untrained.spec, untrained.tensors, context.timesteps)
+    reference = build_reference(source.unet, untrained.spec, tensors, context.timesteps)
     snr = trajectory_snr(context, reference, load_split(finished_run / "dataset", "validation"))
     assert snr > 10
