@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
+from sdq_engines import Pipeline
 from sdq_engines.build import build_engine, choose_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.files import sha256_file
@@ -104,6 +105,17 @@ def test_building_again_replaces_the_engine_and_leaves_no_file_behind(copy: Pack
     assert after.manifest.engines["openvino"].profile.batch_max == 2
     assert after.manifest.engines["onnxruntime"] == copy.manifest.engines["onnxruntime"]
     open_package(copy.folder)
+
+
+def test_a_profile_of_one_batch_size_is_static_and_holds_to_it(copy: Package) -> None:
+    fixed = build_engine(copy, "openvino", ShapeProfile(batch_min=2, batch_opt=2, batch_max=2))
+    pipeline = Pipeline.from_package(fixed, "openvino")
+    reference = Pipeline.from_package(fixed, "onnxruntime")
+    pair = pipeline("a red star", seed=1, num_images_per_prompt=2).latents
+    wanted = reference("a red star", seed=1, num_images_per_prompt=2).latents
+    assert np.linalg.norm(pair - wanted) / np.linalg.norm(wanted) < 2e-2
+    with pytest.raises(SdqError, match=r"was built for latents of shape \[2,4,8,8\]"):
+        pipeline("a red star", seed=1)
 
 
 @needs_rtx

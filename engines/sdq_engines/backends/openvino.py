@@ -17,12 +17,12 @@ import numpy as np
 
 from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import COMPONENTS, DENOISER
+from sdq_engines.package.layout import COMPONENTS, DENOISER, VAE_DECODER
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from sdq_engines.package.schema import EngineEntry, KernelCounts
+    from sdq_engines.package.schema import EngineEntry, KernelCounts, ShapeProfile
     from sdq_engines.package.store import Package
 
 __all__ = ["OpenVinoBackend", "OpenVinoComponent", "OpenVinoSession", "OpenVinoStepper", "make"]
@@ -73,7 +73,9 @@ class OpenVinoBackend:
             job.progress(component, "lowering")
             path = _lowered(job, component, self.lowering(component, job.options))
             job.progress(component, "compiling")
-            compiled = core.compile_model(core.read_model(str(path)), DEVICE, PROPERTIES)
+            model = core.read_model(str(path))
+            _fix_shapes(model, component, job.profile)
+            compiled = core.compile_model(model, DEVICE, PROPERTIES)
             if component == DENOISER:
                 kernels = _count(job.package, compiled)
             job.progress(component, "exporting")
@@ -108,6 +110,22 @@ def _lowered(job: BuildJob, component: str, passes: list[ir.passes.PassBase]) ->
     return save_graph(apply(load_graph(canonical), passes), job.out / "work" / component)
 
 
+def _fix_shapes(model: Any, component: str, profile: ShapeProfile) -> None:
+    """For a profile of one batch size: static shapes, which OpenVINO runs 10 to 20 % faster."""
+    if profile.batch_min != profile.batch_max or component not in (DENOISER, VAE_DECODER):
+        return
+    from sdq_engines.lowering.regions import STATE_INPUTS
+
+    shapes = {}
+    for port in model.inputs:
+        dims = [(dim.get_length() if dim.is_static else 0) for dim in port.get_partial_shape()]
+        if 0 in dims:
+            # The prompt's tensors have the unconditional half as well.
+            batch = profile.batch_max * (1 if port.get_any_name() in STATE_INPUTS else 2)
+            shapes[port.get_any_name()] = [size or batch for size in dims]
+    model.reshape(shapes)
+
+
 def _count(package: Package, compiled: Any) -> KernelCounts | None:
     from sdq_engines.backends.kernels import count, openvino_layers
 
@@ -124,11 +142,24 @@ class OpenVinoComponent:
 
     def __init__(self, compiled: Any) -> None:
         self.request = compiled.create_infer_request()
-        self.inputs = {port.get_any_name() for port in compiled.inputs}
+        self.inputs = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
         self.outputs = [port.get_any_name() for port in compiled.outputs]
+
+    def check(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Raises: SdqError: an input of a shape that this engine was not built for."""
+        import openvino as ov
+
+        for name, value in feeds.items():
+            shape = self.inputs[name]
+            if not shape.compatible(ov.PartialShape(list(value.shape))):
+                raise SdqError(
+                    f"The openvino engine was built for {name} of shape {shape}; {list(value.shape)} was asked for.",
+                    "Ask for as many images at once as it was built for, or build it with another --batch-max.",
+                )
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         wanted = {name: value for name, value in feeds.items() if name in self.inputs}
+        self.check(wanted)
         results = self.request.infer(wanted, share_inputs=True)
         return {name: np.array(results[name]) for name in self.outputs}
 
@@ -182,8 +213,9 @@ class OpenVinoStepper:
         self.buffers["guidance_scale"] = np.array(guidance_scale, np.float32)
         self.buffers["step"] = np.zeros((), np.int64)
         self.buffers["coefficients"] = np.zeros(coefficients.shape[1], np.float32)
-        for name in sorted(denoiser.inputs - set(self.buffers)):  # history, noise
+        for name in sorted(set(denoiser.inputs) - set(self.buffers)):  # history, noise
             self.buffers[name] = np.zeros(_extra_shape(name, denoiser, latents), np.float32)
+        denoiser.check({"latents": latents, **self.buffers})
         for name, buffer in self.buffers.items():
             self.request.set_tensor(name, _tensor(buffer))
         self.state = [name for name in ("latents", "history") if name in denoiser.inputs]
@@ -204,7 +236,7 @@ class OpenVinoStepper:
 def _extra_shape(name: str, denoiser: OpenVinoComponent, latents: np.ndarray) -> tuple[int, ...]:
     if name == "noise":
         return latents.shape
-    history = denoiser.request.get_compiled_model().input(name).get_partial_shape()[1].get_length()
+    history = denoiser.inputs[name][1].get_length()
     return (latents.shape[0], history, *latents.shape[1:])
 
 
