@@ -55,13 +55,10 @@ def run_training(
     """
     from sdq_deploy.cli.shared import new_progress
 
-    folder = RunFolder(claim_output(settings.out, "run"))
-    if folder.status_file.is_file() and not resume:
-        raise SdqError(
-            f"{settings.out} already holds a training (status: {folder.read_status()['status']}).",
-            f"Continue it with: {resume_command(settings)}, or give another --out.",
-        )
+    _silence_libraries()
     accelerator = make_accelerator(settings.recipe, cpu=cpu)
+    if accelerator.is_main_process:
+        _claim(settings, resume)
     accelerator.wait_for_everyone()
     progress = new_progress()
     progress.disable = quiet or not accelerator.is_main_process
@@ -75,6 +72,24 @@ def run_training(
             return run_stages(context, _record(settings))
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"Continue with: {resume_command(settings)}") from interrupt
+
+
+def _claim(settings: TrainingSettings, resume: bool) -> None:
+    folder = RunFolder(claim_output(settings.out, "run"))
+    if folder.status_file.is_file() and not resume:
+        raise SdqError(
+            f"{settings.out} already holds a training (status: {folder.read_status()['status']}).",
+            f"Continue it with: {resume_command(settings)}, or give another --out.",
+        )
+
+
+def _silence_libraries() -> None:
+    """One progress display: ours."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
 
 
 def resume_command(settings: TrainingSettings) -> str:
