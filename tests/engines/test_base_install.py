@@ -43,7 +43,10 @@ def test_every_module_of_the_room_imports(tmp_path: Path) -> None:
     code = """
 import importlib, pkgutil, sdq_engines
 names = [module.name for module in pkgutil.walk_packages(sdq_engines.__path__, "sdq_engines.")]
-for name in names: importlib.import_module(name)
+for name in names:
+    module = importlib.import_module(name)
+    for public in getattr(module, "__all__", None) or ([] if hasattr(module, "__path__") else ["__all__"]):
+        getattr(module, public)
 print(len(names))
 """
     result = child(code)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import pytest
 
 from sdq_deploy.cli.main import run
 from sdq_engines.package.store import Package
+from tests.engines.test_build import contents
 from tests.engines.test_store import flip_byte
 
 
@@ -78,6 +84,23 @@ def test_several_images_are_numbered(copy: Package, tmp_path: Path, capsys: pyte
     report = json.loads(capsys.readouterr().out)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"image-{i}.png" for i in range(4)]
     assert report["seeds"] == [3, 4, 5, 6]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_in_a_build_exits_130_and_leaves_the_package_as_it_was(copy: Package) -> None:
+    before = contents(copy.folder)
+    command = [sys.executable, "-m", "sdq_deploy.cli.main", "build", str(copy.folder), "--engine", "openvino"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(copy.folder.glob("engines/.building-*/job.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the builder as well
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert contents(copy.folder) == before
 
 
 def test_bench_reports_components_and_the_loop(copy: Package, capsys: pytest.CaptureFixture[str]) -> None:
