@@ -161,7 +161,7 @@ class DeviceStepper:
     ) -> None:
         import onnxruntime as ort
 
-        self._value = lambda array: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), denoiser.device, 0)
+        self._value = lambda array: ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), denoiser.device, 0)
         self.session, self.device = denoiser.session, denoiser.device
         self.rows = [np.ascontiguousarray(row) for row in coefficients]
         self.state = {"latents": self._value(latents)}

@@ -116,7 +116,7 @@ class Buffer:
 
     def upload(self, array: np.ndarray, stream: Stream) -> None:
         """Copy from the host, cast to the buffer's type; waits, so `array` may go at once."""
-        host = np.ascontiguousarray(array, self.dtype)
+        host = np.asarray(array, self.dtype, order="C")  # ascontiguousarray would make scalars one-dimensional
         if host.shape != self.shape:
             raise ValueError(f"shape {host.shape} given, {self.shape} wanted")
         _call(

@@ -1,0 +1,111 @@
+"""Runs whose state stays on a device: ONNX Runtime's I/O binding, and the NVIDIA session on a stand-in for its GPU."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from sdq_engines.backends.base import Arrays, Stepper
+from sdq_engines.backends.nvidia.backend import make
+from sdq_engines.backends.nvidia.builder import shapes
+from sdq_engines.backends.nvidia.cuda import Stream
+from sdq_engines.backends.nvidia.session import NvidiaComponent, NvidiaStepper
+from sdq_engines.backends.onnxruntime import DeviceStepper, OnnxRuntimeComponent, open_session
+from sdq_engines.backends.stepping import HostStepper
+from sdq_engines.errors import SdqError
+from sdq_engines.lowering.graph import apply, load_graph
+from sdq_engines.package.layout import DENOISER
+from sdq_engines.package.schema import ShapeProfile
+from sdq_engines.package.store import Package
+from sdq_engines.runtime.sampler import SamplerTables
+from tests.engines.cuda_stand_in import TRT, Engine, Runtime
+from tests.engines.graphs import KEY, VALUE, TinyShape
+from tests.engines.packages import make_package
+
+BATCH = 2
+
+
+@pytest.fixture(params=["history", "stochastic"])
+def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Package:
+    stochastic = request.param == "stochastic"
+    shape = TinyShape(precision="w4a8", history=0 if stochastic else 2, stochastic=stochastic)
+    return make_package(tmp_path_factory.mktemp("package") / "package", shape)
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    made = Runtime()
+    bindings = types.ModuleType("cuda.bindings")
+    bindings.runtime = made  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", made)
+    return made
+
+
+def start(package: Package, batch: int = BATCH) -> tuple[np.ndarray, float, np.ndarray, Arrays]:
+    random = np.random.default_rng(0)
+    prompt = {name: random.standard_normal((2 * batch, 12, 32)).astype(np.float32) for name in (KEY, VALUE)}
+    latents = random.standard_normal((batch, *package.manifest.io.latent_shape)).astype(np.float32)
+    rows = SamplerTables.load(package.path("sampler.safetensors")).coefficients[0]
+    return latents, 3.0, rows, prompt
+
+
+def run(stepper: Stepper, package: Package) -> list[np.ndarray]:
+    """The latents after each step."""
+    random, made = np.random.default_rng(1), []
+    for index in range(package.manifest.sampler.num_calls):
+        noise = random.standard_normal((BATCH, *package.manifest.io.latent_shape)).astype(np.float32)
+        stepper.step(index, noise if package.manifest.sampler.stochastic else None)
+        made.append(stepper.latents())
+    return made
+
+
+def reference(package: Package) -> list[np.ndarray]:
+    component = OnnxRuntimeComponent(open_session(package.component(DENOISER)), "cpu")
+    latents, guidance, rows, prompt = start(package)
+    return run(HostStepper(component, package.manifest, latents, guidance, rows, prompt), package)
+
+
+def test_io_binding_equals_plain_calls(package: Package) -> None:
+    component = OnnxRuntimeComponent(open_session(package.component(DENOISER)), "cpu")
+    latents, guidance, rows, prompt = start(package)
+    made = run(DeviceStepper(component, package, latents, guidance, rows, prompt), package)
+    for ours, wanted in zip(made, reference(package), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+def nvidia(package: Package, runtime: Runtime) -> NvidiaComponent:
+    passes = make("tensorrt").lowering(DENOISER, {})
+    graph = apply(load_graph(package.component(DENOISER)), passes)
+    profile = shapes(graph, DENOISER, ShapeProfile(batch_max=BATCH))
+    engine = Engine(runtime, ir.to_proto(graph).SerializeToString(), profile)
+    return NvidiaComponent(TRT, engine, Stream(), DENOISER, None)
+
+
+def test_a_captured_step_serves_every_step_and_every_run(package: Package, runtime: Runtime) -> None:
+    component = nvidia(package, runtime)
+    wanted = reference(package)
+    for _ in range(2):  # the second run finds the first one's buffers and must not see its state
+        made = run(NvidiaStepper(component, *start(package)), package)
+        for ours, expected in zip(made, wanted, strict=True):
+            assert np.linalg.norm(ours - expected) / np.linalg.norm(expected) < 2e-2  # FP16 against FP32
+            assert ours.dtype == np.float32
+    assert runtime.launches == 2 * package.manifest.sampler.num_calls
+    assert component.dtype(KEY) == np.float16
+
+
+def test_a_batch_outside_the_profile_is_one_sentence(package: Package, runtime: Runtime) -> None:
+    with pytest.raises(SdqError, match=r"built for latents of shape \(1, 4, 8, 8\) to \(2, 4, 8, 8\); \(3, 4, 8, 8\)"):
+        NvidiaStepper(nvidia(package, runtime), *start(package, batch=3))
+
+
+def test_memory_is_freed(package: Package, runtime: Runtime) -> None:
+    component = nvidia(package, runtime)
+    stepper = NvidiaStepper(component, *start(package))
+    assert runtime.memory
+    del stepper, component
+    assert not runtime.memory
