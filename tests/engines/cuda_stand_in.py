@@ -1,7 +1,7 @@
 """Host memory and ONNX Runtime in the place of a GPU's runtime and of TensorRT's, where there is no GPU.
 
-It stands in for NVIDIA's libraries alone, call by call as our code makes them, so that the session's own logic (shapes,
-It stands in for NVIDIA's libraries alone, as our code calls them, so that the session's own logic (shapes, profiles,
+It stands in for NVIDIA's libraries alone, as our code calls them, so that the session's own logic (shapes, buffers,
+tables, the captured graph, state feeding back) runs on any machine. What only a GPU can show is in test_gpu.py.
 """
 
 from __future__ import annotations
