@@ -19,7 +19,6 @@ __all__ = [
     "insert_after",
     "layers_of",
     "module_of",
-    "node_named",
     "rename",
 ]
 
@@ -103,18 +102,6 @@ def rename(node: ir.Node, name: str) -> None:
     """Name a node, and its output after it."""
     node.name = name
     node.outputs[0].name = name
-
-
-def node_named(model: ir.Model, name: str) -> ir.Node:
-    """The node of this name.
-
-    Raises:
-        KeyError: there is none.
-    """
-    for node in model.graph:
-        if node.name == name:
-            return node
-    raise KeyError(name)
 
 
 def drop_unused_inputs(graph: ir.Graph, names: Iterable[str]) -> None:

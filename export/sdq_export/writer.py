@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
-import onnx_ir as ir
 
 from sdq_engines.errors import SdqError
-from sdq_engines.files import claim_output
+from sdq_engines.files import claim_output, folder_kind
 from sdq_engines.lowering.save import save_graph
 from sdq_engines.package.editor import PackageEditor
-from sdq_engines.package.layout import LICENSE, NOTICE, SAMPLER, TOKENIZER, model_file
+from sdq_engines.package.layout import LICENSE, MANIFEST, NOTICE, SAMPLER, TOKENIZER, model_file
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
 from sdq_engines.package.store import Package, read_manifest
 from sdq_export.checkpoint import QuantizedCheckpoint
@@ -32,6 +33,11 @@ from sdq_export.source import Source
 from sdq_export.tokenizer import text_info, tokenizer_json
 
 __all__ = ["ExportResult", "OnStage", "export_package"]
+
+_STAGING = ".staging-"
+
+_PARITY_SECONDS, _PARITY_RUNS, _FEWEST_PARITY_STEPS = 300.0, 4, 5
+"""Parity runs a denoiser about four times a step, each about as slow as the teacher's call."""
 
 OnStage = Callable[[str, int, int], None]
 """Hears a stage's name, how much of it is done, and of how much; 0 of 0 where there is nothing to count."""
@@ -102,14 +108,17 @@ def _check_match(source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpo
 
 @contextlib.contextmanager
 def _claimed(out: str | Path) -> Iterator[Path]:
-    """The output folder, checked at the start; if the export fails, a folder that it made is gone again."""
-    existed = Path(out).exists()
+    """The output folder, checked at the start; if the export fails, it is again what it was."""
+    existed, was_package = Path(out).exists(), folder_kind(out) == "package"
     folder = claim_output(out, "package")
     try:
         yield folder
     except BaseException:
-        if not existed and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        with contextlib.suppress(OSError):
+            if not was_package:
+                (folder / MANIFEST).unlink(missing_ok=True)
+            if not existed and not any(folder.iterdir()):
+                folder.rmdir()
         raise
 
 
@@ -124,6 +133,7 @@ def _make(
 ) -> tuple[Components, ParityReport, TeacherSamples]:
     """Every graph and its parity."""
     on_stage("sampling with the floating-point model", 0, plan.calls)
+    started = time.perf_counter()
     samples = record_teacher(
         source.unet,
         plan,
@@ -133,6 +143,7 @@ def _make(
         prompts,
         lambda step: on_stage("sampling with the floating-point model", step + 1, plan.calls),
     )
+    steps = _parity_steps(plan.calls, (time.perf_counter() - started) / plan.calls)
     on_stage("capturing the denoiser", 0, 0)
     reference = make_reference(source, plan, checkpoint, dtype)
     denoiser = make_denoiser(source, plan, reference, checkpoint, dtype)
@@ -142,6 +153,7 @@ def _make(
         samples,
         reference,
         checkpoint,
+        steps,
         on_stage=lambda name, done, total: on_stage(f"parity, {name.replace('_', ' ')}", done, total),
     )
     on_stage("capturing the text encoder", 0, 0)
@@ -155,6 +167,13 @@ def _make(
     )
     report = ParityReport(criteria=(*report.criteria, *others))
     return Components(text_encoder, denoiser, vae_decoder), report, samples
+
+
+def _parity_steps(calls: int, seconds_per_call: float) -> list[int]:
+    """The steps that parity looks at: all, or for a slow model as many, evenly spread, as a few minutes allow."""
+    affordable = int(_PARITY_SECONDS / (_PARITY_RUNS * max(seconds_per_call, 1e-6)))
+    count = min(calls, max(affordable, _FEWEST_PARITY_STEPS))
+    return sorted({round(step) for step in np.linspace(0, calls - 1, count)})
 
 
 def _manifest(
@@ -198,18 +217,22 @@ def _manifest(
 
 
 def _write(folder: Path, source: Source, plan: SamplerPlan, components: Components, manifest: Manifest) -> Package:
-    """Files first, the manifest last; files of a package that was here before go at the end."""
+    """Write all files aside, check them, then move them in, the manifest last.
+
+    A full disk is met before a package that is already here is touched; its files that the new one does not have go
+    at the end.
+    """
     before = _files_of(folder)
-    editor = PackageEditor.create(folder)
-    staging = folder / f".staging-{uuid.uuid4().hex[:8]}"
+    if folder_kind(folder) != "package":
+        PackageEditor.create(folder)
+    for killed in folder.glob(f"{_STAGING}*"):
+        shutil.rmtree(killed, ignore_errors=True)
+    staging = folder / f"{_STAGING}{uuid.uuid4().hex[:8]}"
     try:
-        for name, model in components.by_name().items():
-            _write_graph(editor, model, name, staging / name)
-        editor.add_bytes(TOKENIZER, tokenizer_json(source.tokenizer).encode("utf-8"))
-        editor.add_bytes(SAMPLER, plan.to_bytes())
-        editor.add_bytes(NOTICE, notice(source, manifest.source).encode("utf-8"))
-        if source.license_file is not None:
-            editor.add_file(LICENSE, source.license_file)
+        _stage(staging, source, plan, components, manifest)
+        editor = PackageEditor.create(folder)
+        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+            editor.move_file(file.relative_to(staging).as_posix(), file)
         package = editor.commit(manifest)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -218,11 +241,21 @@ def _write(folder: Path, source: Source, plan: SamplerPlan, components: Componen
     return package
 
 
-def _write_graph(editor: PackageEditor, model: ir.Model, name: str, staging: Path) -> None:
-    path = save_graph(model, staging)
-    onnx.checker.check_model(str(path), full_check=True)
-    for file in sorted(staging.iterdir()):
-        editor.move_file(f"{name}/{file.name}", file)
+def _stage(staging: Path, source: Source, plan: SamplerPlan, components: Components, manifest: Manifest) -> None:
+    """Every file but the manifest, under its name in the package."""
+    for name, model in components.by_name().items():
+        onnx.checker.check_model(str(save_graph(model, staging / name)), full_check=True)
+    files = {
+        TOKENIZER: tokenizer_json(source.tokenizer).encode("utf-8"),
+        SAMPLER: plan.to_bytes(),
+        NOTICE: notice(source, manifest.source).encode("utf-8"),
+    }
+    if source.license_file is not None:
+        files[LICENSE] = source.license_file.read_bytes()
+    for relative, content in files.items():
+        path = staging.joinpath(*relative.split("/"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def _files_of(folder: Path) -> set[str]:

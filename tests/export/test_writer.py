@@ -178,6 +178,24 @@ def test_exporting_again_replaces_the_package(source: Source, tmp_path: Path) ->
     open_package(out, verify="full")
 
 
+def test_a_write_that_fails_leaves_the_package_that_was_there(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "package"
+    export_package(source, out, plan_of(source, "ddim", 2), GUIDANCE)
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sdq_export.writer.notice", full)
+    for folder in (out, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space"):
+            export_package(source, folder, plan_of(source, "ddim", 3), GUIDANCE)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_not_a_number_does_not_pass() -> None:
     criterion = Criterion(name="x", says="x", limit=1.0, steps=(0, 1), per_step=(0.5, float("nan")))
     assert not criterion.passed
