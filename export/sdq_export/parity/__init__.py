@@ -1,7 +1,7 @@
 """Parity, the gate of every export: four criteria that a faithful quantized graph passes and a wrong one does not.
 
 Rounding turns a perturbation of 1e-7 into quantization-sized differences a few layers on, even within one framework, so
-outputs of two quantized networks are not compared with each other. See docs/architecture.md, "Parity".
+outputs of two quantized networks are not compared with each other. See docs/quantization.md, "Parity".
 """
 
 from sdq_export.parity.gate import check_engine, check_graphs

@@ -1,4 +1,4 @@
-"""The four criteria (docs/architecture.md, "Parity")."""
+"""The four criteria (docs/quantization.md, "Parity")."""
 
 from __future__ import annotations
 

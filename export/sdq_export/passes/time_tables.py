@@ -19,7 +19,9 @@ _TIME_MODULES = ("time_proj", "time_embedding", "time_emb_proj")
 
 
 class TimeTables(ir.passes.InPlacePass):
-    """Replace the time path by one row per step and ResNet block (TIP; docs/quantization.md, "Time tables").
+    """Replace the time path by one row per step and ResNet block.
+
+    Time information precalculation, TIP: docs/quantization.md, "Serial-to-parallel training".
 
     A block with the default time embedding adds ``time_emb_proj(silu(emb_t))`` to the output of ``conv1``. Together
     with ``conv1``'s bias that is one row of C values for each step, looked up by the new graph input ``step``

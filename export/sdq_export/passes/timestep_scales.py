@@ -29,7 +29,7 @@ class TimestepScales(ir.passes.InPlacePass):
     """Quantize the sites whose scale depends on the step (MTAQ), with constant Q/DQ scales.
 
     TensorRT wants a constant Q/DQ scale, and OpenVINO loses its INT8 kernels without one. s_t being a scalar, this is
-    the exact equivalent (docs/quantization.md, "Scales that survive the compiler"):
+    the exact equivalent (docs/quantization.md, "Per-step scales that survive the compiler"):
 
         y = (s_t/s_ref) * op( DQ( Q( x * (s_ref/s_t) ) ), DQ(w) ) + b_t          Q and DQ with the constant scale s_ref
 
