@@ -159,11 +159,11 @@ def _events(path: Path, child: subprocess.Popen[bytes]) -> Iterator[tuple[str, s
     while running:
         running = child.poll() is None
         if path.is_file():
-            with path.open(encoding="utf-8") as handle:
+            with path.open("rb") as handle:
                 handle.seek(position)
-                lines = handle.read()
-            whole = lines[: lines.rfind("\n") + 1]
-            position += len(whole.encode("utf-8"))
+                written = handle.read()
+            whole = written[: written.rfind(b"\n") + 1]  # the child may be in the middle of a line
+            position += len(whole)
             for line in whole.splitlines():
                 event = json.loads(line)
                 yield event["component"], event["stage"]

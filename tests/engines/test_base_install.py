@@ -91,6 +91,18 @@ print(sorted({"onnxruntime", "openvino", "tensorrt_rtx", "onnx", "onnx_ir", "pol
         assert result.stdout.strip() == f"['{engine}']", result.stderr
 
 
+def test_openvino_does_not_report_home(built: Callable[[str], Package]) -> None:
+    """Left alone, `import openvino` starts a process that sends the import to an analytics service."""
+    code = """
+from sdq_engines import Pipeline
+Pipeline.load(sys.argv[1], engine="openvino")("red star", seed=0)
+print(sys.modules["openvino_telemetry"], "openvino_telemetry.main" in sys.modules)
+import multiprocessing; print(multiprocessing.active_children())
+"""
+    result = child(code, str(built("w4a8").folder))
+    assert result.stdout.splitlines() == ["None False", "[]"], result.stderr
+
+
 def test_run_writes_a_png(built: Callable[[str], Package], tmp_path: Path) -> None:
     out = tmp_path / "new" / "image.png"
     result = command("run", str(built("w4a8").folder), "a red circle", "--seed", "7", "--out", str(out), "--json")

@@ -7,8 +7,10 @@ compute in BF16, and `DYNAMIC_QUANTIZATION_GROUP_SIZE=0`, since it would else qu
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,15 @@ PROPERTIES = {
 }
 
 
+def _openvino() -> Any:
+    """The module, without its telemetry: importing it would start a process that reports the import over the network.
+
+    openvino falls back to a stub where `openvino_telemetry` cannot be imported.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return importlib.import_module("openvino")
+
+
 def make(name: str) -> OpenVinoBackend:
     """The backend (there is one name)."""
     return OpenVinoBackend()
@@ -50,7 +61,7 @@ class OpenVinoBackend:
         if importlib.util.find_spec("openvino") is None:
             return Availability(False, reason="openvino is not installed", hint=hint)
         try:
-            import openvino as ov
+            ov = _openvino()
 
             device = str(ov.Core().get_property(DEVICE, "FULL_DEVICE_NAME")).strip()
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -64,7 +75,7 @@ class OpenVinoBackend:
         return [WidenInt4()] if component == DENOISER else []
 
     def build(self, job: BuildJob) -> BuildResult:
-        import openvino as ov
+        ov = _openvino()
 
         files: dict[str, str | None] = {}
         kernels: KernelCounts | None = None
@@ -147,7 +158,7 @@ class OpenVinoComponent:
 
     def check(self, feeds: Mapping[str, np.ndarray]) -> None:
         """Raises: SdqError: an input of a shape that this engine was not built for."""
-        import openvino as ov
+        ov = _openvino()
 
         for name, value in feeds.items():
             shape = self.inputs[name]
@@ -170,7 +181,7 @@ class OpenVinoSession:
     name = "openvino"
 
     def __init__(self, package: Package, entry: EngineEntry, threads: int | None) -> None:
-        import openvino as ov
+        ov = _openvino()
 
         self.package, self.entry = package, entry
         self._core = ov.Core()
@@ -242,6 +253,6 @@ def _extra_shape(name: str, denoiser: OpenVinoComponent, latents: np.ndarray) ->
 
 def _tensor(buffer: np.ndarray) -> Any:
     """An OpenVINO tensor over the buffer's own memory."""
-    import openvino as ov
+    ov = _openvino()
 
     return ov.Tensor(buffer, shared_memory=True)
