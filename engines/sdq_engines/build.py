@@ -173,6 +173,7 @@ def _events(path: Path, child: subprocess.Popen[bytes]) -> Iterator[tuple[str, s
 
 def _hint(folder: Path, advice: str) -> str:
     text = (folder / "builder.log").read_text(encoding="utf-8", errors="replace")
+    text = text.split("Traceback (most recent call last)")[0]  # of Python's own; the message has its gist
     lines = [line for line in text.splitlines() if line.strip()][-_LOG_LINES:]
     log = "\n".join(f"  | {line[:300]}" for line in lines)
     return f"{advice}\nThe builder's log ended with:\n{log}" if lines else advice

@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,55 @@ __all__ = ["main"]
 def main(folder: Path) -> int:
     """Build what job.json asks for; 0 if it was built, 1 if it was refused."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    stages = _Stages(folder / "events.jsonl")
     try:
-        result = _build(folder, job)
+        result = _build(folder, job, stages)
     except SdqError as error:
         result = {"error": error.message, "hint": error.hint}
     except MemoryError:
         result = {"error": f"{job['engine']} ran out of memory.", "hint": "Close other programs, or build elsewhere."}
+    except OSError as error:
+        # The disk may have no room for result.json either; then the parent reads this from the log.
+        print(f"{error.strerror or error}: {error.filename or folder}", file=sys.stderr, flush=True)
+        result = {
+            "error": f"{job['engine']} cannot write: {error.strerror or error}.",
+            "hint": "Make room on the disk.",
+        }
+    except Exception as error:  # native bindings raise bare exceptions of many kinds
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
+        hint = "Try another engine or precision: sdq-deploy doctor"
+        result = {"error": f"{job['engine']} refuses {stages.component}: {_gist(error)}", "hint": hint}
     atomic_write_json(folder / "result.json", result)
     return 1 if "error" in result else 0
 
 
-def _build(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+class _Stages:
+    """Reports each stage to the parent and remembers the component."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.component = path, "the package"
+
+    def __call__(self, component: str, stage: str) -> None:
+        self.component = component
+        with self.path.open("a", encoding="utf-8") as events:
+            events.write(json.dumps({"component": component, "stage": stage}) + "\n")
+
+
+def _gist(error: Exception) -> str:
+    """The last line of a native library's message, which says what is wrong; the first ones say where in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[-1] if lines else type(error).__name__}"[:400]
+
+
+def _build(folder: Path, job: dict[str, Any], stages: _Stages) -> dict[str, Any]:
     # The parent has verified the package just before.
     package = Package(Path(job["package"]), read_manifest(Path(job["package"])))
     out = folder / "out"
     out.mkdir()
-    events = (folder / "events.jsonl").open("a", encoding="utf-8")
-
-    def progress(component: str, stage: str) -> None:
-        events.write(json.dumps({"component": component, "stage": stage}) + "\n")
-        events.flush()
-
     started = time.monotonic()
-    made = backend(job["engine"]).build(
-        BuildJob(package, out, ShapeProfile(**job["profile"]), job["options"], progress)
-    )
+    made = backend(job["engine"]).build(BuildJob(package, out, ShapeProfile(**job["profile"]), job["options"], stages))
     seconds = time.monotonic() - started
     shutil.rmtree(out / "work", ignore_errors=True)
-    events.close()
     result = dataclasses.asdict(made)
     result["kernels"] = made.kernels.model_dump() if made.kernels else None
     return {**result, "build_seconds": round(seconds, 3), "peak_memory_bytes": peak_memory_bytes()}

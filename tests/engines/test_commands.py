@@ -103,6 +103,20 @@ def test_ctrl_c_in_a_build_exits_130_and_leaves_the_package_as_it_was(copy: Pack
     assert contents(copy.folder) == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
+def test_a_disk_without_room_is_one_sentence_and_the_package_is_as_it_was(copy: Package) -> None:
+    """A limit on file sizes stands for the full disk: the builder's writes fail halfway, as there."""
+    before = contents(copy.folder)
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+    code += "import sys; from sdq_deploy.cli.main import run; run(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "build", str(copy.folder), "--engine", "openvino"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1, result.stderr
+    assert "openvino cannot write: File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert contents(copy.folder) == before
+
+
 def test_bench_reports_components_and_the_loop(copy: Package, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         run(["bench", str(copy.folder), "--engine", "openvino", "--runs", "3", "--json"])
