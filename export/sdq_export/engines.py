@@ -69,13 +69,12 @@ def _prompt(session: Session, samples: TeacherSamples, most: int) -> dict[str, n
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _reference_distances(result: ExportResult, steps: list[int]) -> list[float]:
-    """The fake-quantized reference's distance from the teacher; an unquantized reference is the teacher."""
+def _reference_distances(result: ExportResult, steps: list[int]) -> np.ndarray:
+    """The fake-quantized reference's distances from the teacher, [steps, N]; zeros for an unquantized one."""
     for criterion in result.report.criteria:
         if criterion.name == "quantized_graph":
-            known = dict(zip(criterion.steps, criterion.details["reference_distance"], strict=True))
-            return [float(known[step]) for step in steps]
-    return [0.0] * len(steps)
+            return np.array(criterion.reference_by_sample)
+    return np.zeros((len(steps), len(result.samples.embeddings) // 2))
 
 
 def _drop(package: Package, engine: str) -> None:

@@ -21,6 +21,7 @@ from sdq_engines.package.layout import COMPONENTS
 from sdq_engines.package.store import open_package
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.engines import check_built_engine
+from sdq_export.parity.gate import compare_distances
 from sdq_export.parity.report import Criterion, ParityReport
 from sdq_export.source import Source
 from sdq_export.writer import ExportResult, export_package
@@ -194,6 +195,21 @@ def test_a_write_that_fails_leaves_the_package_that_was_there(
             export_package(source, folder, plan_of(source, "ddim", 3), GUIDANCE)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     assert not (tmp_path / "new").exists()
+
+
+def test_a_step_is_forgiven_chance_and_the_whole_is_not() -> None:
+    generator = np.random.default_rng(0)
+    wanted = 0.04 * generator.uniform(0.8, 1.2, (20, 8))
+    noisy = compare_distances("x", "x", 1.05, range(20), wanted * generator.uniform(0.9, 1.1, wanted.shape), wanted)
+    assert noisy.passed
+    worse = compare_distances("x", "x", 1.05, range(20), wanted * 1.07, wanted)
+    assert worse.failing is None
+    assert not worse.passed
+    with pytest.raises(SdqError, match="over all steps: x is 1"):
+        ParityReport(criteria=(worse,)).require()
+    one_bad = wanted.copy()
+    one_bad[7] *= 1.3
+    assert compare_distances("x", "x", 1.05, range(20), one_bad, wanted).failing == 7
 
 
 def test_not_a_number_does_not_pass() -> None:

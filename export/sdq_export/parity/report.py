@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from sdq_engines.errors import SdqError
 
@@ -26,9 +26,15 @@ class Criterion(BaseModel):
     """The model calls looked at."""
     per_step: tuple[float, ...]
     """The figure at each of them; at most `limit` is wanted."""
+    chance: tuple[float, ...] = ()
+    """How much of each step's figure the few samples alone may make; forgiven step by step, not overall."""
+    overall: float | None = None
+    """The figure over all steps and samples together, for criteria that are averages."""
     worst_at: str = ""
     """Where the worst figure was found, if it belongs to a layer."""
     details: dict[str, Any] = {}
+    reference_by_sample: tuple[tuple[float, ...], ...] = Field(default=(), exclude=True, repr=False)
+    """The reference's distance from the teacher by step and sample, for the engines' turn; not in the manifest."""
 
     @property
     def worst(self) -> float:
@@ -36,9 +42,16 @@ class Criterion(BaseModel):
         return next((figure for figure in self.per_step if math.isnan(figure)), max(self.per_step))
 
     @property
+    def failing(self) -> int | None:
+        """Position of the worst figure that is past the limit; None where none is. NaN is past it."""
+        chance = self.chance or (0.0,) * len(self.per_step)
+        beyond = [at for at, figure in enumerate(self.per_step) if not figure - chance[at] <= self.limit]
+        return max(beyond, key=lambda at: (math.isnan(self.per_step[at]), self.per_step[at]), default=None)
+
+    @property
     def passed(self) -> bool:
-        """Whether every step is within the limit (NaN is not)."""
-        return all(figure <= self.limit for figure in self.per_step)
+        """Whether every step, and the whole, is within the limit."""
+        return self.failing is None and (self.overall is None or self.overall <= self.limit)
 
 
 class ParityReport(BaseModel):
@@ -63,14 +76,18 @@ class ParityReport(BaseModel):
             SdqError: naming the first one, its figure, its limit and the step.
         """
         for criterion in self.criteria:
-            if not criterion.passed:
-                step = criterion.steps[criterion.per_step.index(criterion.worst)]
-                where = f", {criterion.worst_at}" if criterion.worst_at else ""
-                raise SdqError(
-                    f"Parity failed at step {step}{where}: {criterion.says} is {criterion.worst:.3g}, "
-                    f"at most {criterion.limit:.3g} is wanted; {consequence}.",
-                    "It would not make the trained model's images. Please report model, recipe and figures.",
-                )
+            if criterion.passed:
+                continue
+            at = criterion.failing
+            where, figure = "over all steps", criterion.overall
+            if at is not None:
+                where, figure = f"at step {criterion.steps[at]}", criterion.per_step[at]
+                where += f", {criterion.worst_at}" if criterion.worst_at else ""
+            raise SdqError(
+                f"Parity failed {where}: {criterion.says} is {figure:.3g}, "
+                f"at most {criterion.limit:.3g} is wanted; {consequence}.",
+                "It would not make the trained model's images. Please report model, recipe and figures.",
+            )
 
     def to_manifest(self) -> dict[str, Any]:
         """The figures for the manifest's fidelity section."""

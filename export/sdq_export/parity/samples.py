@@ -45,10 +45,11 @@ class TeacherSamples:
     model_inputs: Tensor
     outputs: Tensor
 
-    def distance(self, outputs: NDArray[np.float32] | Tensor, step: int) -> float:
-        """Relative L2 distance of guided outputs [N, C, h, w] from the teacher's, over the batch."""
-        found, wanted = torch.as_tensor(outputs), self.outputs[step]
-        return float((found - wanted).norm() / wanted.norm())
+    def distances(self, outputs: NDArray[np.float32] | Tensor, step: int) -> NDArray[np.float64]:
+        """Relative L2 distance of each sample's guided output [N, C, h, w] from the teacher's, [N]."""
+        found, wanted = torch.as_tensor(outputs).flatten(1), self.outputs[step].flatten(1)
+        result: NDArray[np.float64] = ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).double().numpy()
+        return result
 
 
 def samples_for(latent_shape: tuple[int, int, int]) -> int:
