@@ -10,6 +10,7 @@ import pytest
 
 from sdq_engines import Pipeline
 from sdq_engines.backends.base import Arrays
+from sdq_engines.backends.nvidia import cuda
 from sdq_engines.backends.onnxruntime import OnnxRuntimeComponent, open_session
 from sdq_engines.errors import SdqError
 from sdq_engines.package.store import Package
@@ -189,6 +190,18 @@ def test_an_engine_of_another_version_or_machine_is_refused_and_auto_passes_on(c
             Pipeline.from_package(other, "openvino")
         assert "sdq-deploy build" in caught.value.hint
         assert Pipeline.from_package(other).engine == "onnxruntime"
+
+
+@pytest.mark.skipif(cuda.find_gpu()[0] is not None, reason="this machine has a GPU")
+@pytest.mark.parametrize("engine", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_that_does_not_work_here_says_what_is_missing(copy: Package, engine: str) -> None:
+    entry = copy.manifest.engines["openvino"].model_copy(update={"backend": engine})
+    engines = {engine: entry, "onnxruntime": copy.manifest.engines["onnxruntime"]}
+    other = Package(copy.folder, copy.manifest.model_copy(update={"engines": engines}))
+    with pytest.raises(SdqError, match=f"The engine {engine} does not work here") as caught:
+        Pipeline.from_package(other, engine)
+    assert caught.value.hint
+    assert Pipeline.from_package(other).engine == "onnxruntime"
 
 
 def test_a_provider_that_is_not_there_is_named(built: Built) -> None:
