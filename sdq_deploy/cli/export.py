@@ -5,8 +5,9 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -26,6 +27,16 @@ __all__ = ["register"]
 
 _DEFAULT_STEPS, _DEFAULT_GUIDANCE = 50, 7.5
 """diffusers' own, for a MODEL exported without saying otherwise."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What there is to export."""
+
+    source: Source
+    plan: SamplerPlan
+    guidance_scale: float
+    checkpoint: QuantizedCheckpoint | None
 
 
 def register(app: typer.Typer) -> None:
@@ -76,19 +87,20 @@ def export(
     require_extra("train", "torch", "diffusers", "transformers", "onnxscript", "onnxruntime")
     _quiet_libraries()
 
-    if _is_run(source):
-        model, plan, guidance, checkpoint = _open_run(source, scheduler, num_inference_steps, stored)
-    else:
-        model, plan, guidance, checkpoint = _open_model(source, revision, scheduler, num_inference_steps)
+    job = (
+        _open_run(source, scheduler, num_inference_steps, stored)
+        if _is_run(source)
+        else _open_model(source, revision, scheduler, num_inference_steps)
+    )
     with _stages() as on_stage:
         from sdq_export.writer import export_package
 
         result = export_package(
-            model,
+            job.source,
             out,
-            plan,
-            guidance if guidance_scale is None else guidance_scale,
-            checkpoint=checkpoint,
+            job.plan,
+            job.guidance_scale if guidance_scale is None else guidance_scale,
+            checkpoint=job.checkpoint,
             dtype=stored,
             on_stage=on_stage,
         )
@@ -101,8 +113,8 @@ def export(
 
 
 def _dtype(name: str) -> Literal["fp32", "fp16"]:
-    if name == "fp32" or name == "fp16":
-        return name
+    if name in ("fp32", "fp16"):
+        return cast(Literal["fp32", "fp16"], name)
     raise SdqError(f"There is no dtype {name!r}.", "Give --dtype fp16 or --dtype fp32.")
 
 
@@ -130,9 +142,7 @@ def _is_run(source: str) -> bool:
     return any((folder / name).is_file() for name in ("run.json", "quant.json"))
 
 
-def _open_run(
-    run: str, scheduler: str | None, steps: int | None, dtype: str
-) -> tuple[Source, SamplerPlan, float, QuantizedCheckpoint]:
+def _open_run(run: str, scheduler: str | None, steps: int | None, dtype: str) -> _Job:
     """The source, sampler, guidance and tensors of a finished run."""
     import diffusers
 
@@ -149,7 +159,8 @@ def _open_run(
     _require_same_sampler(settings.scheduler, settings.num_inference_steps, scheduler, steps)
     source = load_source(resolve_model(checkpoint.info.source.model), checkpoint.info.source.revision)
     made = getattr(diffusers, settings.scheduler).from_config(settings.config)
-    return source, compile_sampler(made, settings.num_inference_steps), settings.guidance_scale, checkpoint
+    plan = compile_sampler(made, settings.num_inference_steps)
+    return _Job(source, plan, settings.guidance_scale, checkpoint)
 
 
 def _require_finished(run: Path) -> None:
@@ -179,9 +190,7 @@ def _require_same_sampler(trained: str, trained_steps: int, scheduler: str | Non
         )
 
 
-def _open_model(
-    model: str, revision: str | None, scheduler: str | None, steps: int | None
-) -> tuple[Source, SamplerPlan, float, None]:
+def _open_model(model: str, revision: str | None, scheduler: str | None, steps: int | None) -> _Job:
     """The source and sampler of an unquantized export."""
     from sdq_deploy.models import resolve_model
     from sdq_export.sampler import compile_sampler, make_scheduler
@@ -190,7 +199,8 @@ def _open_model(
     source = load_source(resolve_model(model), revision)
     own = source.scheduler
     made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
-    return source, compile_sampler(made, steps or _DEFAULT_STEPS), _DEFAULT_GUIDANCE, None
+    plan = compile_sampler(made, _DEFAULT_STEPS if steps is None else steps)
+    return _Job(source, plan, _DEFAULT_GUIDANCE, None)
 
 
 @contextmanager
