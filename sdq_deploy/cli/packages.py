@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 from rich.status import Status
 
-from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.package_output import StepBar, megabytes, milliseconds, print_bench, print_engine, say
+from sdq_deploy.cli.shared import JsonOption, new_progress, print_json, require_extra, status_console
 
 if TYPE_CHECKING:
     from sdq_engines.package.schema import ShapeProfile
     from sdq_engines.package.store import Package
-    from sdq_engines.runtime.pipeline import Pipeline, PipelineOutput
+    from sdq_engines.runtime.pipeline import PipelineOutput
 
 __all__ = ["register"]
 
@@ -56,7 +57,7 @@ def run(
     _check_output(out)
     pipeline = Pipeline.load(package, engine=engine, verify=_verify_mode(verify))
     loaded = time.perf_counter()
-    with _StepBar(pipeline, len(prompt) * num_images_per_prompt) as bar:
+    with StepBar(pipeline, len(prompt) * num_images_per_prompt) as bar:
         result = pipeline(
             prompt,
             negative_prompt=negative_prompt,
@@ -73,7 +74,7 @@ def run(
         print_json({"engine": pipeline.engine, "images": files, "seeds": result.seeds, "seconds": seconds})
         return
     for file, number in zip(files, result.seeds, strict=True):
-        _say(f"{file}  seed {number}", markup=False)
+        say(f"{file}  seed {number}", markup=False)
     status_console.print(f"{pipeline.engine}: loaded in {seconds['load']} s, images in {seconds['images']} s")
 
 
@@ -110,7 +111,7 @@ def build(
     for name in names:
         checked = _build_one(checked, name, profile, options)
         if not json:
-            _print_engine(name, checked.manifest.engines[name].model_dump())
+            print_engine(name, checked.manifest.engines[name].model_dump())
     if json:
         print_json({name: checked.manifest.engines[name].model_dump(mode="json") for name in names})
 
@@ -128,18 +129,18 @@ def inspect(package: _PackageArgument, json: JsonOption = False) -> None:
         print_json(content)
         return
     sampler, source, io = content["sampler"], content["source"], content["io"]
-    _say(
+    say(
         f"[bold]{content['name']}[/]  {content['precision']}, {content['family']}, "
         f"{io['image_size'][1]}x{io['image_size'][0]} pixels"
     )
-    _say(
+    say(
         f"sampler  {sampler['scheduler']}, {sampler['num_inference_steps']} steps, guidance {sampler['guidance_scale']}"
     )
-    _say(f"source   {source['model']}, licence {source['license']}. {source['changes']}", markup=False)
+    say(f"source   {source['model']}, licence {source['license']}. {source['changes']}", markup=False)
     for part, size in content["bytes"].items():
-        _say(f"  {part:24} {_megabytes(size)}")
+        say(f"  {part:24} {megabytes(size)}")
     for name, entry in content["engines"].items():
-        _print_engine(name, entry)
+        print_engine(name, entry)
 
 
 def verify(package: _PackageArgument, json: JsonOption = False) -> None:
@@ -157,7 +158,7 @@ def verify(package: _PackageArgument, json: JsonOption = False) -> None:
     if json:
         print_json({"ok": True, "files": len(manifest.files), "bytes": total})
     else:
-        _say(f"{package}: {len(manifest.files)} files, {_megabytes(total)}, all as the manifest says.")
+        say(f"{package}: {len(manifest.files)} files, {megabytes(total)}, all as the manifest says.")
 
 
 def doctor(json: JsonOption = False) -> None:
@@ -173,15 +174,15 @@ def doctor(json: JsonOption = False) -> None:
     if json:
         print_json(asdict(found))
         return
-    _say(f"Python {found.python}, {found.platform}")
+    say(f"Python {found.python}, {found.platform}")
     for name, engine in found.engines.items():
         if engine.works:
-            _say(f"[green]works[/]  {name:13} {engine.version}  {engine.device}")
+            say(f"[green]works[/]  {name:13} {engine.version}  {engine.device}")
         else:
             builds = " (builds here)" if engine.builds else ""
-            _say(f"[red]no[/]     {name:13} {engine.reason}{builds}")
-            _say(f"       {'':13} {engine.hint}", markup=False)
-    _say(f"auto takes: {found.auto or 'nothing; install an engine first'}")
+            say(f"[red]no[/]     {name:13} {engine.reason}{builds}")
+            say(f"       {'':13} {engine.hint}", markup=False)
+    say(f"auto takes: {found.auto or 'nothing; install an engine first'}")
 
 
 def bench(
@@ -213,7 +214,7 @@ def bench(
             stage = _stage_shower(status, name)
             reports.append(measure(partial(Pipeline.from_package, checked, name), batch, runs, stage).as_dict())
             if not json:
-                _print_bench(reports[-1])
+                print_bench(reports[-1])
         eager = None
         if against is not None:
             status.update("diffusers: loading")
@@ -221,9 +222,9 @@ def bench(
     if json:
         print_json({"engines": reports, "diffusers": eager})
     elif eager is not None:
-        _say(
-            f"[bold]diffusers[/], eager FP32: denoiser {_milliseconds(eager['denoiser'])} a step, "
-            f"end to end {_milliseconds(eager['end_to_end'])}"
+        say(
+            f"[bold]diffusers[/], eager FP32: denoiser {milliseconds(eager['denoiser'])} a step, "
+            f"end to end {milliseconds(eager['end_to_end'])}"
         )
 
 
@@ -238,11 +239,6 @@ def _build_one(package: Package, name: str, profile: ShapeProfile, options: dict
 def _stage_shower(status: Status, name: str) -> Callable[[str], None]:
     """What a long command is doing, beside its spinner."""
     return lambda stage: status.update(f"{name}: {stage}")
-
-
-def _say(text: str, markup: bool = True) -> None:
-    """One line of a result, never wrapped: it may be piped."""
-    console.print(text, markup=markup, soft_wrap=True)
 
 
 def _verify_mode(value: str) -> Literal["full", "cached"]:
@@ -279,75 +275,6 @@ def _save(result: PipelineOutput, out: Path) -> list[str]:
             image.save(temporary, format="PNG")
         files.append(str(path))
     return files
-
-
-class _StepBar:
-    """A bar over the denoising steps of all batches, shown once they have taken a second."""
-
-    def __init__(self, pipeline: Pipeline, images: int) -> None:
-        batches = -(-images // pipeline.session.entry.profile.batch_max)
-        self.total = batches * pipeline.manifest.sampler.num_calls
-        self.done, self.started = 0, time.monotonic()
-        self.progress: Any = None
-
-    def __enter__(self) -> _StepBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
-
-    def __call__(self, event: object) -> None:
-        self.done += 1
-        if self.progress is None and time.monotonic() - self.started > 1:
-            self.progress = new_progress()
-            self.progress.start()
-            self.task = self.progress.add_task("denoising", total=self.total)
-        if self.progress is not None:
-            self.progress.update(self.task, completed=self.done)
-
-
-def _print_engine(name: str, entry: dict[str, Any]) -> None:
-    profile, kernels = entry["profile"], entry["kernels"]
-    _say(
-        f"[bold]{name}[/]  {entry['version']}, for {entry['target']}, "
-        f"{profile['batch_min']} to {profile['batch_max']} images (tuned for {profile['batch_opt']})"
-    )
-    _say(
-        f"  built in {entry['build_seconds']:.1f} s, peak memory {_megabytes(entry['peak_memory_bytes'])}, "
-        f"{_megabytes(entry['bytes_on_disk'])} on disk"
-    )
-    if kernels is None:
-        return
-    _say(
-        f"  of {kernels['quantized_layers']} quantized layers: {kernels['int8']} INT8 x INT8 kernels, "
-        f"{kernels['int4']} INT4, {len(kernels['fallback'])} in floating point"
-    )
-    # All of them is the engine's nature; some are worth naming.
-    if 0 < len(kernels["fallback"]) < kernels["quantized_layers"]:
-        for layer in kernels["fallback"]:
-            _say(f"    floating point: {layer}", markup=False)
-
-
-def _print_bench(report: dict[str, Any]) -> None:
-    _say(
-        f"[bold]{report['engine']}[/] {report['backend_version']}, {report['batch']} image(s) a call, "
-        f"loaded in {report['load_seconds']:.2f} s"
-    )
-    for name, timing in report["components"].items():
-        _say(f"  {name:14} {_milliseconds(timing)}")
-    _say(
-        f"  {'end to end':14} {_milliseconds(report['end_to_end'])}, {report['steps']} steps, "
-        f"{report['loop_outside_engine']:.2%} of the loop outside the engine"
-    )
-
-
-def _milliseconds(timing: dict[str, float]) -> str:
-    return f"{timing['median'] * 1e3:8.1f} ms"
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"
 
 
 def _time_diffusers(model: str, manifest: Any, batch: int, runs: int) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""How the package commands show engines, figures and progress."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from sdq_deploy.cli.shared import console, new_progress
+
+if TYPE_CHECKING:
+    from sdq_engines.runtime.pipeline import Pipeline
+
+__all__ = ["StepBar", "megabytes", "milliseconds", "print_bench", "print_engine", "say"]
+
+
+def say(text: str, markup: bool = True) -> None:
+    """One line of a result, never wrapped: it may be piped."""
+    console.print(text, markup=markup, soft_wrap=True)
+
+
+class StepBar:
+    """A bar over the denoising steps of all batches, shown once they have taken a second."""
+
+    def __init__(self, pipeline: Pipeline, images: int) -> None:
+        batches = -(-images // pipeline.session.entry.profile.batch_max)
+        self.total = batches * pipeline.manifest.sampler.num_calls
+        self.done, self.started = 0, time.monotonic()
+        self.progress: Any = None
+
+    def __enter__(self) -> StepBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def __call__(self, event: object) -> None:
+        self.done += 1
+        if self.progress is None and time.monotonic() - self.started > 1:
+            self.progress = new_progress()
+            self.progress.start()
+            self.task = self.progress.add_task("denoising", total=self.total)
+        if self.progress is not None:
+            self.progress.update(self.task, completed=self.done)
+
+
+def print_engine(name: str, entry: dict[str, Any]) -> None:
+    """An engine's entry of the manifest: what it was built for and what its kernels compute."""
+    profile, kernels = entry["profile"], entry["kernels"]
+    say(
+        f"[bold]{name}[/]  {entry['version']}, for {entry['target']}, "
+        f"{profile['batch_min']} to {profile['batch_max']} images (tuned for {profile['batch_opt']})"
+    )
+    say(
+        f"  built in {entry['build_seconds']:.1f} s, peak memory {megabytes(entry['peak_memory_bytes'])}, "
+        f"{megabytes(entry['bytes_on_disk'])} on disk"
+    )
+    if kernels is None:
+        return
+    say(
+        f"  of {kernels['quantized_layers']} quantized layers: {kernels['int8']} INT8 x INT8 kernels, "
+        f"{kernels['int4']} INT4, {len(kernels['fallback'])} in floating point"
+    )
+    # All of them is the engine's nature; some are worth naming.
+    if 0 < len(kernels["fallback"]) < kernels["quantized_layers"]:
+        for layer in kernels["fallback"]:
+            say(f"    floating point: {layer}", markup=False)
+
+
+def print_bench(report: dict[str, Any]) -> None:
+    """A `BenchReport` as plain data."""
+    say(
+        f"[bold]{report['engine']}[/] {report['backend_version']}, {report['batch']} image(s) a call, "
+        f"loaded in {report['load_seconds']:.2f} s"
+    )
+    for name, timing in report["components"].items():
+        say(f"  {name:14} {milliseconds(timing)}")
+    say(
+        f"  {'end to end':14} {milliseconds(report['end_to_end'])}, {report['steps']} steps, "
+        f"{report['loop_outside_engine']:.2%} of the loop outside the engine"
+    )
+
+
+def milliseconds(timing: dict[str, float]) -> str:
+    """The median of a `Timing` as plain data."""
+    return f"{timing['median'] * 1e3:8.1f} ms"
+
+
+def megabytes(size: float) -> str:
+    """A number of bytes."""
+    return f"{size / 1e6:.1f} MB"
