@@ -9,16 +9,19 @@ background := ["plain"] colour | colour "to" colour "gradient" | texture colour
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sdq_deploy.shapes64.scenes import Background, SceneObject
 
-__all__ = ["VOCABULARY", "caption_of"]
+__all__ = ["KINDS", "VOCABULARY", "caption_of", "contents_of"]
+
+KINDS = ("circle", "square", "triangle", "cross", "ring")
 
 #: Every word (and the comma) that a caption can hold.
 VOCABULARY: tuple[str, ...] = (
-    *("circle", "square", "triangle", "cross", "ring"),
+    *KINDS,
     *("red", "yellow", "green", "cyan", "blue", "purple", "pink"),
     *("white", "gray", "black", "navy"),
     *("plain", "gradient", "striped", "checkered", "background"),
@@ -31,6 +34,12 @@ def caption_of(objects: Sequence[SceneObject], background: Background, relation:
     """The sentence that describes a scene of one to three objects."""
     names = [_name(item) for item in objects]
     return f"{_subjects(names, relation)} on a {_backdrop(background)} background"
+
+
+def contents_of(caption: str) -> frozenset[tuple[str, str]]:
+    """The (kind, colour) of every object that a caption names: each kind with the word before it."""
+    words = caption.replace(",", " ").split()
+    return frozenset((word, before) for before, word in pairwise(words) if word in KINDS)
 
 
 def _name(item: SceneObject) -> str:

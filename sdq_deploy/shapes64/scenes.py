@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from sdq_deploy.shapes64.captions import caption_of
+from sdq_deploy.shapes64.captions import KINDS, caption_of
 
 __all__ = [
     "BACKGROUND_COLOURS",
@@ -29,8 +29,6 @@ __all__ = [
 ]
 
 IMAGE_SIZE = 64
-
-KINDS = ("circle", "square", "triangle", "cross", "ring")
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 28, 36),

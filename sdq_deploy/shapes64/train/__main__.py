@@ -21,7 +21,7 @@ from sdq_deploy.shapes64.paths import model_path
 from sdq_deploy.shapes64.splits import held_out_pairs, validation_pairs
 from sdq_deploy.shapes64.train.loop import LoopConfig, run_in_processes
 
-_TRAINERS = {"vae": (1300, 2e-3), "classifier": (2500, 3e-3), "denoiser": (9000, 6e-4)}  # steps, peak learning rate
+_TRAINERS = {"vae": (3000, 2e-3), "classifier": (1500, 3e-3), "denoiser": (6600, 6e-4)}  # steps, peak learning rate
 
 
 def main() -> None:

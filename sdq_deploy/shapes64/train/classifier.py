@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from sdq_deploy.shapes64.captions import contents_of
 from sdq_deploy.shapes64.classifier import PAIRS, CaptionClassifier
-from sdq_deploy.shapes64.scenes import sample_scene
-from sdq_deploy.shapes64.train.dataset import drawn_images
+from sdq_deploy.shapes64.train.dataset import drawn_captions, drawn_images
 from sdq_deploy.shapes64.train.loop import LoopConfig, StepRandom, run_loop, to_device_images
 
 __all__ = ["ClassifierConfig", "train_classifier"]
@@ -31,7 +31,7 @@ class ClassifierConfig:
 def train_classifier(loop: LoopConfig, vae: Path, cache: Path, config: ClassifierConfig = ClassifierConfig()) -> Path:
     """Train, and save `classifier.safetensors` in FP16; returns its path."""
     images = drawn_images(cache, config.images)
-    labels = _labels(config.images)
+    labels = _labels(drawn_captions(cache, config.images))
     autoencoder = AutoencoderKL.from_pretrained(vae).to(loop.device).eval()
     torch.manual_seed(loop.seed)
     classifier = CaptionClassifier().to(loop.device)
@@ -42,7 +42,9 @@ def train_classifier(loop: LoopConfig, vae: Path, cache: Path, config: Classifie
         batch = to_device_images(images[chosen], loop.device)
         order = torch.randperm(len(chosen), generator=random.torch)
         batch, wanted = batch[order], torch.from_numpy(labels[chosen])[order].to(loop.device)
-        logits = classifier(_augment(_reconstruct_some(autoencoder, batch, random), random))
+        seen = _augment(_reconstruct_some(autoencoder, batch, random), random)
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            logits = classifier(seen).float()
         return functional.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / len(batch)
 
     run_loop(loop, {"classifier": classifier}, optimizer, loss_of)
@@ -51,11 +53,10 @@ def train_classifier(loop: LoopConfig, vae: Path, cache: Path, config: Classifie
     return path
 
 
-def _labels(count: int) -> npt.NDArray[np.float32]:
-    labels = np.zeros((count, len(PAIRS)), dtype=np.float32)
-    for index in range(count):
-        for pair in sample_scene("train", index).contents:
-            labels[index, PAIRS.index(pair)] = 1.0
+def _labels(captions: list[str]) -> npt.NDArray[np.float32]:
+    labels = np.zeros((len(captions), len(PAIRS)), dtype=np.float32)
+    for row, caption in zip(labels, captions, strict=True):
+        row[[PAIRS.index(pair) for pair in contents_of(caption)]] = 1.0
     return labels
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from sdq_deploy.shapes64.train.latents import encoded_scenes
@@ -22,7 +23,7 @@ class DenoiserConfig:
     """`scenes` drawn scenes in batches of `batch`; `snr_limit` is gamma of min-SNR weighting (arXiv:2303.09556)."""
 
     scenes: int = 60_000
-    batch: int = 64
+    batch: int = 32
     empty_captions: float = 0.1
     ema_decay: float = 0.999
     snr_limit: float = 5.0
@@ -105,6 +106,10 @@ def train_denoiser(loop: LoopConfig, vae: Path, cache: Path, config: DenoiserCon
     latents, ids = encoded_scenes(vae, tokenizer, cache, config.scenes, loop.device)
     torch.manual_seed(loop.seed)
     unet, text_encoder = build_unet().to(loop.device), build_text_encoder(tokenizer).to(loop.device)
+    if loop.device == "cpu":
+        # The fused attention's backward took a third of a step's CPU time; plain products take a tenth.
+        unet.set_attn_processor(AttnProcessor())
+        text_encoder.set_attn_implementation("eager")
     modules: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
     ema = Ema(modules, config.ema_decay)
     parameters = [p for module in modules.values() for p in module.parameters()]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdq_deploy.shapes64 import calibration_prompts, held_out_pairs, model_path, render, validation_pairs
-from sdq_deploy.shapes64.captions import VOCABULARY
+from sdq_deploy.shapes64.captions import VOCABULARY, contents_of
 from sdq_deploy.shapes64.scenes import COLOURS, EXTENT, IMAGE_SIZE, Scene, Split, sample_scene
 
 _SPLITS: tuple[Split, ...] = ("train", "calibration", "validation", "held_out")
@@ -27,16 +27,14 @@ def test_a_scene_depends_on_its_split_and_index_alone() -> None:
 
 def test_scenes_are_drawn_as_they_were_when_the_model_was_trained() -> None:
     """The trained weights depend on these scenes: a change of the generator must be a decision."""
-    first = "a yellow square above a large green triangle on a white to black gradient background"
+    first = "a green square above a large cyan triangle on a white to gray gradient background"
     assert sample_scene("train", 0).caption == first
-    assert (
-        sample_scene("held_out", 0).caption == "a small red square and a large yellow star on a plain navy background"
-    )
-    assert render(sample_scene("held_out", 0)).mean() == pytest.approx(56.29, abs=0.5)
+    assert sample_scene("held_out", 0).caption == "a green ring on a plain white background"
+    assert render(sample_scene("held_out", 0)).mean() == pytest.approx(234.06, abs=0.5)
 
 
 def test_no_caption_is_in_two_splits() -> None:
-    captions = {split: {sample_scene(split, index).caption for index in range(400)} for split in _SPLITS}
+    captions = {split: {sample_scene(split, index).caption for index in range(150)} for split in _SPLITS}
     for split in _SPLITS:
         others = set().union(*(captions[other] for other in _SPLITS if other != split))
         assert not captions[split] & others
@@ -78,6 +76,11 @@ def test_shapes_have_the_colours_of_their_names(scenes: list[Scene]) -> None:
             pixel = image[int(item.y), int(item.x + aside)]
             nearest = min(COLOURS, key=lambda name: float(np.abs(np.subtract(COLOURS[name], pixel)).sum()))
             assert nearest == item.colour, scene.caption
+
+
+def test_a_caption_names_what_is_drawn(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        assert contents_of(scene.caption) == scene.contents
 
 
 def test_relations_hold_in_the_picture(scenes: list[Scene]) -> None:
