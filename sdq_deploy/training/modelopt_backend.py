@@ -36,7 +36,7 @@ BACKEND = "sdq-lsq"
 
 
 class _Forward(Protocol):
-    def __call__(self, x: Tensor, log_scale: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, quantizer: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class WeightForward:
     bits: int
     block_size: int | None
 
-    def __call__(self, x: Tensor, log_scale: Tensor) -> Tensor:
-        scale = log_scale.exp()
+    def __call__(self, x: Tensor, quantizer: Any) -> Tensor:
+        scale = quantizer.log_scale.exp()
         if self.block_size is None:
             elements = x.numel() // x.shape[0]
             return fake_quantize_lsq(
@@ -63,18 +63,16 @@ class ActivationForward:
     """Fake quantization of an activation: each sample by the scale of its own step's group."""
 
     bits: int
-    groups: tuple[int, ...]
     state: StepState
 
-    def __call__(self, x: Tensor, log_scale: Tensor) -> Tensor:
-        groups = torch.tensor(self.groups, device=x.device)
-        scale = sample_scale(log_scale, groups, self.state.steps, x.ndim).exp()
+    def __call__(self, x: Tensor, quantizer: Any) -> Tensor:
+        scale = sample_scale(quantizer.log_scale, quantizer.groups, self.state.steps, x.ndim).exp()
         return fake_quantize_lsq(x, scale, self.bits, step_gradient_scale(x[0].numel(), self.bits))
 
 
 def _entrypoint(x: Tensor, quantizer: Any) -> Tensor:
     forward = cast(_Forward, quantizer.lsq)
-    return forward(x, quantizer.log_scale)
+    return forward(x, quantizer)
 
 
 def import_modelopt() -> Any:
@@ -157,7 +155,8 @@ def _attach_activation(denoiser: StepDenoiser, site: ActivationSite, scale: Tens
     first, *others = site.consumers
     quantizer: Any = denoiser.unet.get_submodule(f"{first}.input_quantizer")
     quantizer.log_scale = nn.Parameter(scale.detach().float().log())
-    quantizer.lsq = ActivationForward(site.bits, site.groups, denoiser.state)
+    quantizer.register_buffer("groups", torch.tensor(site.groups), persistent=False)
+    quantizer.lsq = ActivationForward(site.bits, denoiser.state)
     for layer in others:
         denoiser.unet.get_submodule(layer).input_quantizer = quantizer
 
