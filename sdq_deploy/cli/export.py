@@ -259,7 +259,7 @@ def _build(result: ExportResult, package: Package, engine: str, profile: ShapePr
     if not quiet:
         entry = package.manifest.engines[engine]
         proof = f"parity {criterion.overall:.3f} (at most {criterion.limit})" if criterion else "does not run here"
-        console.print(f"{engine}  {entry.version}, built in {entry.build_seconds:.1f} s, {proof}")
+        console.print(f"{engine}  {entry.version}, built in {entry.build_seconds:.1f} s, {proof}", soft_wrap=True)
     return package
 
 
@@ -269,7 +269,9 @@ def _finish(package: Package, json: bool) -> None:
         return
     size = sum(entry.size for entry in package.manifest.files.values())
     engines = ", ".join(package.manifest.engines) or "none; add one: sdq-deploy build PACKAGE --engine auto"
-    console.print(f"{package.folder}  {package.manifest.precision}, {size / 1e6:.1f} MB, engines: {engines}")
+    console.print(
+        f"{package.folder}  {package.manifest.precision}, {size / 1e6:.1f} MB, engines: {engines}", soft_wrap=True
+    )
 
 
 def _quiet_libraries() -> None:

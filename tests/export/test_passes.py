@@ -269,3 +269,33 @@ def test_fp16_storage_changes_no_number(source: Source, captured: ir.Model, tmp_
         sizes.append((tmp_path / str(stored) / "denoiser" / "model.onnx").stat().st_size)
     assert torch.equal(*outputs)
     assert sizes[1] < 0.75 * sizes[0]
+
+
+def test_stable_diffusion_2s_forms(tmp_path: Path) -> None:
+    """Linear projections in and out, heads by level, upcast attention, v-prediction, no attention in one level."""
+    from diffusers import UNet2DConditionModel
+
+    from sdq_export.families import sd
+    from sdq_export.sampler import compile_sampler, make_scheduler
+
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        upcast_attention=True,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+    config = {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "v_prediction"}
+    plan = compile_sampler(make_scheduler(None, config), 4)
+    timesteps = torch.from_numpy(plan.timesteps)
+    tables = {block: table.numpy() for block, table in time_tables(unet, timesteps).items()}
+    graphs = Graphs(build_denoiser(sd.capture_denoiser(unet, SHAPE, 16), tables, plan, SHAPE), plan, tmp_path)
+    teacher = StepDenoiser(copy.deepcopy(unet), timesteps)
+    for step in range(plan.calls):
+        assert relative(graphs.output(step), graphs.torch_output(teacher, step)) < 1e-5
