@@ -43,7 +43,8 @@ class CaptionClassifier(nn.Module):
         self.head = nn.Conv2d(128, len(PAIRS), 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.trunk(images)).amax(dim=(2, 3))
+        logits: torch.Tensor = self.head(self.trunk(images))
+        return logits.amax(dim=(2, 3))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """[N, 256]: the mean and the maximum over places of the trunk's 128 channels."""

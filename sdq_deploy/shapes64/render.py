@@ -63,17 +63,21 @@ _OUTLINES: dict[str, list[_Point]] = {
 
 
 def _background(background: Background) -> npt.NDArray[np.float32]:
-    colours = [np.asarray(BACKGROUND_COLOURS[name], dtype=np.float32) for name in background.colours]
+    colours: list[npt.NDArray[np.float32]] = [
+        np.asarray(BACKGROUND_COLOURS[name], dtype=np.float32) for name in background.colours
+    ]
     if background.pattern == "plain":
         return np.broadcast_to(colours[0], (IMAGE_SIZE, IMAGE_SIZE, 3))
     y, x = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32) + 0.5
     if background.pattern == "gradient":
         ramp = (y / IMAGE_SIZE)[..., None]
-        return colours[0] * (1 - ramp) + colours[1] * ramp
+        blend: npt.NDArray[np.float32] = colours[0] * (1 - ramp) + colours[1] * ramp
+        return blend
     # Towards mid-grey, so that neither white nor black loses its texture to clipping.
     direction = -1.0 if colours[0].mean() > 128 else 1.0
     tone = _texture(background, x, y)[..., None] * np.float32(direction * _TEXTURE_CONTRAST)
-    return np.clip(colours[0] + tone, 0, 255)
+    picture: npt.NDArray[np.float32] = np.clip(colours[0] + tone, 0, 255)
+    return picture
 
 
 def _texture(background: Background, x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -81,8 +85,10 @@ def _texture(background: Background, x: npt.NDArray[np.float32], y: npt.NDArray[
     a, b = _wave(x), _wave(y)
     if background.pattern == "striped":
         return a if background.vertical else b
-    return a + b - 2 * a * b
+    either: npt.NDArray[np.float32] = a + b - 2 * a * b
+    return either
 
 
 def _wave(position: npt.NDArray[np.float32], period: float = 16.0) -> npt.NDArray[np.float32]:
-    return np.clip(0.5 + 4.0 * np.sin(position * (2 * math.pi / period)), 0.0, 1.0).astype(np.float32)
+    wave: npt.NDArray[np.float32] = np.clip(0.5 + 4.0 * np.sin(position * (2 * math.pi / period)), 0.0, 1.0)
+    return wave.astype(np.float32)

@@ -65,6 +65,7 @@ def assemble(work: Path, folder: Path) -> Path:
         for path in sorted(p for p in staging.rglob("*") if p.is_file()):
             target = folder / path.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o644)  # safetensors writes for its owner alone
             os.replace(path, target)
     return folder
 

@@ -28,8 +28,8 @@ def drawn_images(folder: Path, count: int, split: Split = "train") -> npt.NDArra
         target = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         jobs = [(split, start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
         with multiprocessing.get_context("spawn").Pool(min(2, os.cpu_count() or 1)) as pool:
-            for (_, start, stop), images in zip(jobs, pool.imap(_draw_range, jobs), strict=True):
-                target[start:stop] = images
+            for (_, start, stop), drawn in zip(jobs, pool.imap(_draw_range, jobs), strict=True):
+                target[start:stop] = drawn
         target.flush()
         del target
         os.replace(partial, path)

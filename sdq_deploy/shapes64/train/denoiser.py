@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
+from sdq_deploy.shapes64.captions import contents_of
+from sdq_deploy.shapes64.train.dataset import drawn_captions
 from sdq_deploy.shapes64.train.latents import encoded_scenes
 from sdq_deploy.shapes64.train.loop import LoopConfig, StepRandom, run_loop
 from sdq_deploy.shapes64.train.text import MAX_LENGTH, TEXT_WIDTH, build_text_encoder, build_tokenizer, save_tokenizer
@@ -20,10 +24,15 @@ __all__ = ["DenoiserConfig", "Ema", "build_scheduler", "build_unet", "prepare_de
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """`scenes` drawn scenes in batches of `batch`; `snr_limit` is gamma of min-SNR weighting (arXiv:2303.09556)."""
+    """`scenes` drawn scenes in batches of `batch`; `snr_limit` is gamma of min-SNR weighting (arXiv:2303.09556).
+
+    `shares` is how much of a batch shows one, two and three shapes: the crowded ones, which are the rarest and the
+    hardest, come more often than they are drawn.
+    """
 
     scenes: int = 60_000
     batch: int = 32
+    shares: tuple[float, float, float] = (0.25, 0.40, 0.35)
     empty_captions: float = 0.1
     ema_decay: float = 0.999
     snr_limit: float = 5.0
@@ -117,24 +126,34 @@ def train_denoiser(loop: LoopConfig, vae: Path, cache: Path, config: DenoiserCon
     optimizer = torch.optim.AdamW(parameters, lr=loop.peak_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=fused)
     empty = tokenizer("", padding="max_length", max_length=MAX_LENGTH, return_tensors="pt").input_ids[0]
     alphas = build_scheduler().alphas_cumprod
+    chances = _chances(drawn_captions(cache, config.scenes), config.shares)
 
     def loss_of(random: StepRandom) -> torch.Tensor:
-        batch = _draw_batch(latents, ids, empty, alphas, config, random)
+        batch = _draw_batch(latents, ids, chances, empty, alphas, config, random)
         return _loss(unet, text_encoder, {key: value[random.share].to(loop.device) for key, value in batch.items()})
 
     run_loop(loop, {**modules, "ema": ema}, optimizer, loss_of, lambda step: ema.update())
 
 
+def _chances(captions: list[str], shares: tuple[float, float, float]) -> npt.NDArray[np.float64]:
+    """The chance of each scene to be drawn into a batch, so that numbers of shapes have their `shares`."""
+    counts = np.asarray([len(contents_of(caption)) for caption in captions]) - 1
+    chances: npt.NDArray[np.float64] = (np.asarray(shares) / np.bincount(counts, minlength=3))[counts]
+    chances /= chances.sum()
+    return chances
+
+
 def _draw_batch(
     latents: torch.Tensor,
     ids: torch.Tensor,
+    chances: npt.NDArray[np.float64],
     empty: torch.Tensor,
     alphas: torch.Tensor,
     config: DenoiserConfig,
     random: StepRandom,
 ) -> dict[str, torch.Tensor]:
     """Noised latents with their timesteps, one timestep drawn from each of `batch` equal parts of the schedule."""
-    chosen = torch.from_numpy(random.numpy.choice(len(latents), config.batch, replace=False))
+    chosen = torch.from_numpy(random.numpy.choice(len(latents), config.batch, p=chances))
     clean, tokens = latents[chosen], ids[chosen].clone()
     tokens[torch.rand(config.batch, generator=random.torch) < config.empty_captions] = empty
     strata = (torch.arange(config.batch) + torch.rand(config.batch, generator=random.torch)) / config.batch
@@ -156,5 +175,5 @@ def _loss(unet: nn.Module, text_encoder: nn.Module, batch: dict[str, torch.Tenso
     with torch.autocast(batch["noisy"].device.type, torch.bfloat16):
         states = text_encoder(batch["tokens"])[0]
         predicted = unet(batch["noisy"], batch["timesteps"], states).sample
-    error = (predicted.float() - batch["noise"]).square().mean(dim=(1, 2, 3))
+    error: torch.Tensor = (predicted.float() - batch["noise"]).square().mean(dim=(1, 2, 3))
     return (error * batch["weight"]).mean()

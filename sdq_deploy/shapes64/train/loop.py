@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
 __all__ = [
     "LoopConfig",
@@ -119,7 +120,7 @@ def run_in_processes(task: Callable[[], None], processes: int) -> None:
         return task()
     with tempfile.TemporaryDirectory() as folder:
         meeting = (Path(folder) / "meeting").as_uri()
-        torch.multiprocessing.spawn(_run_rank, (task, processes, meeting), nprocs=processes)  # type: ignore[no-untyped-call]
+        spawn(_run_rank, (task, processes, meeting), nprocs=processes)  # type: ignore[no-untyped-call]
     return None
 
 
@@ -137,7 +138,7 @@ def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
     flat /= _processes()
-    for gradient, averaged in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+    for gradient, averaged in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(averaged.view_as(gradient))
 
 

@@ -90,4 +90,6 @@ def _loss(vae: AutoencoderKL, images: torch.Tensor, config: VaeConfig, random: S
 def _attention(images: torch.Tensor) -> torch.Tensor:
     """1 on the background to 4 on and beside the shapes, which are the saturated pixels; float32 [N, 1, H, W]."""
     saturation = (images.amax(dim=1, keepdim=True) - images.amin(dim=1, keepdim=True)) / 2
-    return 1 + 3 * functional.max_pool2d(saturation, 7, stride=1, padding=3)
+    near: torch.Tensor = functional.max_pool2d(saturation, 7, stride=1, padding=3)
+    weights: torch.Tensor = 1 + 3 * near
+    return weights
