@@ -75,11 +75,19 @@ def test_a_full_disk_is_one_sentence(tiny_sd: Path, prompts: Path, tmp_path: Pat
 def test_ctrl_c_names_the_command_that_continues_and_it_does(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = command(tiny_sd, "--out", out, "--prompts", prompts, "--cpu", *small_options())
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+    # A shell that runs the tests in the background has SIGINT ignored, which a child would inherit.
+    process = subprocess.Popen(
+        arguments,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not list((out / "dataset").glob("training-*")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130
     assert f"sdq-deploy train {tiny_sd} --out {out} --resume" in stderr
     assert "Traceback" not in stderr
