@@ -82,7 +82,6 @@ class Calibrate(_Section):
     search_power: float = Field(gt=0, le=8)
     samples_per_step: int = Field(ge=1)
     """Latents per step that the activation scales are computed from."""
-    activation_power: float = Field(gt=0, le=8)
 
 
 class Sensitivity(_Section):

@@ -23,9 +23,7 @@ def max_scale(largest: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def search_scale(
-    rows: Tensor, bits: int, points: int = 80, power: float = 2.4, largest: Tensor | None = None
-) -> Tensor:
+def search_scale(rows: Tensor, bits: int, points: int = 80, power: float = 2.4) -> Tensor:
     """Per row, the scale of least sum |x - x_hat|^power among `points` even fractions of `max_scale`.
 
     Args:
@@ -33,13 +31,12 @@ def search_scale(
         bits: b of the grid.
         points: candidates, max_scale * k / points for k = points..1; among equals the widest wins.
         power: exponent of the error.
-        largest: f32 [R], the largest magnitude where `rows` is only a sample of the values; None: that of the row.
 
     Returns:
         f32 [R], positive.
     """
     rows = rows.float()
-    widest = max_scale(rows.abs().amax(dim=1) if largest is None else largest.float(), bits)
+    widest = max_scale(rows.abs().amax(dim=1), bits)
     height = max(1, CHUNK // max(1, rows.shape[1]))
     parts = zip(torch.split(rows, height), torch.split(widest, height), strict=True)
     return torch.cat([_search_chunk(part, top, bits, points, power) for part, top in parts])
