@@ -84,7 +84,8 @@ def _loss(vae: AutoencoderKL, images: torch.Tensor, config: VaeConfig, random: S
     error = decoded.float() - images
     distance = (error.abs() + error.square()).mean(dim=1, keepdim=True)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(dim=(1, 2, 3)).mean()
-    return (distance * _attention(images)).mean() + config.kl_weight * kl
+    loss: torch.Tensor = (distance * _attention(images)).mean() + config.kl_weight * kl
+    return loss
 
 
 def _attention(images: torch.Tensor) -> torch.Tensor:
