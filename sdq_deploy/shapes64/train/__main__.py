@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", choices=("held_out", "validation"), default="held_out")
     evaluate.add_argument("--pairs", type=int, default=1024)
     evaluate.add_argument("--steps", type=int, default=20)
-    evaluate.add_argument("--guidance-scale", type=float, nargs="+", default=[4.0])
+    evaluate.add_argument("--guidance-scale", type=float, nargs="+", default=[3.0])
     evaluate.add_argument("--sheet", type=Path, help="PNG of 32 samples")
     evaluate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

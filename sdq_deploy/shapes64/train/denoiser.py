@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
+from transformers import CLIPTokenizer
 
 from sdq_deploy.shapes64.captions import contents_of
 from sdq_deploy.shapes64.train.dataset import drawn_captions
@@ -100,10 +101,11 @@ class Ema:
 
 
 def prepare_denoiser(loop: LoopConfig, vae: Path, cache: Path, config: DenoiserConfig = DenoiserConfig()) -> None:
-    """Write the tokenizer and the encoded scenes that every process of the training then reads."""
-    tokenizer = build_tokenizer()
-    save_tokenizer(tokenizer, loop.out / "tokenizer")
-    encoded_scenes(vae, tokenizer, cache, config.scenes, loop.device)
+    """Write the tokenizer, unless an earlier run did, and the encoded scenes: what every process then reads."""
+    folder = loop.out / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        save_tokenizer(build_tokenizer(), folder)
+    encoded_scenes(vae, CLIPTokenizer.from_pretrained(folder), cache, config.scenes, loop.device)
 
 
 def train_denoiser(loop: LoopConfig, vae: Path, cache: Path, config: DenoiserConfig = DenoiserConfig()) -> None:
@@ -111,7 +113,7 @@ def train_denoiser(loop: LoopConfig, vae: Path, cache: Path, config: DenoiserCon
 
     `prepare_denoiser` comes first.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = CLIPTokenizer.from_pretrained(loop.out / "tokenizer")
     latents, ids = encoded_scenes(vae, tokenizer, cache, config.scenes, loop.device)
     torch.manual_seed(loop.seed)
     unet, text_encoder = build_unet().to(loop.device), build_text_encoder(tokenizer).to(loop.device)

