@@ -14,7 +14,7 @@ from sdq_deploy.demo.report import DemoReport
 from sdq_engines import Pipeline
 from sdq_engines.package.store import open_package
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("main_job")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
