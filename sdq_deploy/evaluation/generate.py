@@ -11,24 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdq_deploy.training.guidance import guide, predict_outputs
+from sdq_export.families.sd import encode_prompts
 from sdq_export.sampler import SamplerPlan, run_sampler
 from sdq_export.source import Source
 
-__all__ = ["decode", "encode_prompts", "generate_images", "starting_noise"]
-
-
-@torch.no_grad()
-def encode_prompts(source: Source, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings of the prompts, FP32 [N, L, D], as diffusers' pipeline makes them."""
-    tokens = source.tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=source.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    embeddings: Tensor = source.text_encoder(tokens.input_ids)[0]
-    return embeddings
+__all__ = ["decode", "generate_images", "starting_noise"]
 
 
 def starting_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -74,7 +61,7 @@ def generate_images(
     empty = encode_prompts(source, [""])
     images = []
     for first in range(0, len(prompts), batch_size):
-        text = encode_prompts(source, prompts[first : first + batch_size])
+        text = encode_prompts(source, list(prompts[first : first + batch_size]))
 
         def predict(model_input: Tensor, step: int, text: Tensor = text) -> Tensor:
             steps = torch.full((len(text),), step)
