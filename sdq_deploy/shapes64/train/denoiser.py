@@ -32,8 +32,8 @@ class DenoiserConfig:
     """
 
     scenes: int = 60_000
-    batch: int = 32
-    shares: tuple[float, float, float] = (0.25, 0.40, 0.35)
+    batch: int = 64
+    shares: tuple[float, float, float] = (0.20, 0.40, 0.40)
     empty_captions: float = 0.1
     ema_decay: float = 0.999
     snr_limit: float = 5.0
