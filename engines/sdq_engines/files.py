@@ -21,6 +21,7 @@ __all__ = [
     "atomic_write_text",
     "claim_output",
     "folder_kind",
+    "remove_empty_parents",
     "sha256_file",
 ]
 
@@ -116,3 +117,11 @@ def claim_output(folder: str | Path, kind: FolderKind) -> Path:
     except OSError as error:
         raise SdqError(f"The output folder {path} cannot be written: {error.strerror or error}.") from error
     return path
+
+
+def remove_empty_parents(path: Path, root: Path) -> None:
+    """Remove the folders that a file which is gone leaves empty, up to `root`, which stays."""
+    for parent in path.parents:
+        if parent == root or not parent.is_dir() or any(parent.iterdir()):
+            return
+        parent.rmdir()

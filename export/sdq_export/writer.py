@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 import uuid
@@ -14,10 +15,11 @@ import numpy as np
 import onnx
 
 from sdq_engines.errors import SdqError
-from sdq_engines.files import claim_output, folder_kind
+from sdq_engines.files import atomic_write_bytes, claim_output, folder_kind, remove_empty_parents
 from sdq_engines.lowering.save import save_graph
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import LICENSE, MANIFEST, NOTICE, SAMPLER, TOKENIZER, model_file
+from sdq_engines.package.paths import is_inside
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
 from sdq_engines.package.store import Package, read_manifest
 from sdq_export.checkpoint import QuantizedCheckpoint
@@ -217,28 +219,41 @@ def _manifest(
 
 
 def _write(folder: Path, source: Source, plan: SamplerPlan, components: Components, manifest: Manifest) -> Package:
-    """Write all files aside, check them, then move them in, the manifest last.
+    """Write all files aside, check them, then put them in the place of what is there.
 
-    A full disk is met before a package that is already here is touched; its files that the new one does not have go
-    at the end.
+    A full disk is met before a package that is already here is touched.
     """
-    before = _files_of(folder)
     if folder_kind(folder) != "package":
         PackageEditor.create(folder)
     for killed in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(killed, ignore_errors=True)
     staging = folder / f"{_STAGING}{uuid.uuid4().hex[:8]}"
     try:
-        _stage(staging, source, plan, components, manifest)
-        editor = PackageEditor.create(folder)
-        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-            editor.move_file(file.relative_to(staging).as_posix(), file)
-        package = editor.commit(manifest)
+        _stage(staging / "new", source, plan, components, manifest)
+        return _swap(folder, staging / "new", staging / "old", manifest)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    for relative in before - set(package.manifest.files):
-        _remove(folder, relative)
-    return package
+
+
+def _swap(folder: Path, new: Path, old: Path, manifest: Manifest) -> Package:
+    """Move the package's files out to `old` and those of `new` in, the manifest last.
+
+    A failure or Ctrl-C on the way puts everything back; a kill leaves the package marked as incomplete.
+    """
+    marker, before = (folder / MANIFEST).read_bytes(), _files_of(folder)
+    editor = PackageEditor.create(folder)
+    try:
+        for relative in before:
+            _move(folder, old, relative)
+        for file in sorted(path for path in new.rglob("*") if path.is_file()):
+            editor.move_file(file.relative_to(new).as_posix(), file)
+        return editor.commit(manifest)
+    except BaseException:
+        editor.abandon()
+        for relative in before:
+            _move(old, folder, relative)
+        atomic_write_bytes(folder / MANIFEST, marker)
+        raise
 
 
 def _stage(staging: Path, source: Source, plan: SamplerPlan, components: Components, manifest: Manifest) -> None:
@@ -259,15 +274,16 @@ def _stage(staging: Path, source: Source, plan: SamplerPlan, components: Compone
 
 
 def _files_of(folder: Path) -> set[str]:
+    """What the package that is here lists, but for names that lead outside of it."""
     with contextlib.suppress(SdqError):
-        return set(read_manifest(folder).files)
+        return {relative for relative in read_manifest(folder).files if is_inside(relative)}
     return set()
 
 
-def _remove(folder: Path, relative: str) -> None:
-    path = folder.joinpath(*relative.split("/"))
-    path.unlink(missing_ok=True)
-    for parent in path.parents:
-        if parent == folder or any(parent.iterdir()):
-            break
-        parent.rmdir()
+def _move(source: Path, target: Path, relative: str) -> None:
+    """Move a file, if it is there, to the same place in another folder of this disk; no empty folder stays behind."""
+    path, moved = (root.joinpath(*relative.split("/")) for root in (source, target))
+    if path.is_file():
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, moved)
+        remove_empty_parents(path, source)

@@ -10,7 +10,7 @@ from sdq_deploy.cli.shared import console, new_progress
 if TYPE_CHECKING:
     from sdq_engines.runtime.pipeline import Pipeline
 
-__all__ = ["StepBar", "megabytes", "milliseconds", "print_bench", "print_engine", "say"]
+__all__ = ["StepBar", "megabytes", "milliseconds", "print_bench", "print_engine", "print_parity", "say"]
 
 
 def say(text: str, markup: bool = True) -> None:
@@ -65,6 +65,13 @@ def print_engine(name: str, entry: dict[str, Any]) -> None:
     if 0 < len(kernels["fallback"]) < kernels["quantized_layers"]:
         for layer in kernels["fallback"]:
             say(f"    floating point: {layer}", markup=False)
+
+
+def print_parity(criteria: dict[str, Any]) -> None:
+    """What the manifest says of parity: each criterion's figure over all steps, or its worst one, and the limit."""
+    for name, figures in criteria.items():
+        figure = figures["worst"] if figures.get("overall") is None else figures["overall"]
+        say(f"  {name:24} {figure:.4g}, at most {figures['limit']:.4g}: {figures['says']}", markup=False)
 
 
 def print_bench(report: dict[str, Any]) -> None:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 from rich.status import Status
 
-from sdq_deploy.cli.package_output import StepBar, megabytes, milliseconds, print_bench, print_engine, say
+from sdq_deploy.cli.package_output import (
+    StepBar,
+    megabytes,
+    milliseconds,
+    print_bench,
+    print_engine,
+    print_parity,
+    say,
+)
 from sdq_deploy.cli.shared import JsonOption, new_progress, print_json, require_extra, status_console
 
 if TYPE_CHECKING:
@@ -139,6 +147,9 @@ def inspect(package: _PackageArgument, json: JsonOption = False) -> None:
     say(f"source   {source['model']}, licence {source['license']}. {source['changes']}", markup=False)
     for part, size in content["bytes"].items():
         say(f"  {part:24} {megabytes(size)}")
+    if parity := content["fidelity"].get("parity"):
+        say("parity, as measured by the export")
+        print_parity(parity)
     for name, entry in content["engines"].items():
         print_engine(name, entry)
 

@@ -15,7 +15,7 @@ from sdq_deploy.recipes.report import describe_errors
 from sdq_deploy.recipes.schema import Precision, Recipe
 from sdq_engines.errors import SdqError
 
-__all__ = ["available_recipes", "load_recipe", "parse_assignments", "recipe_from"]
+__all__ = ["available_recipes", "load_recipe", "parse_assignments", "read_recipe", "recipe_from", "with_overrides"]
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 Tree = dict[str, Any]
@@ -36,22 +36,52 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         SdqError: no such recipe, not TOML, or values that are not allowed; every mistake is named in one report.
     """
-    tree, origin = _read(name)
-    return recipe_from(tree, overrides, origin)
+    return recipe_from(with_overrides(read_recipe(name), overrides), str(name))
 
 
-def recipe_from(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None, origin: str) -> Recipe:
-    """The recipe of a parsed file, or of one that a run recorded; `origin` names it in messages.
+def read_recipe(name: str | Path) -> Tree:
+    """The tree of the recipe of that name or file, unchecked.
+
+    Raises:
+        SdqError: no such recipe, or not TOML.
+    """
+    if str(name) in available_recipes():
+        text = resources.files("sdq_deploy.recipes").joinpath(f"{name}.toml").read_text("utf-8")
+    else:
+        text = _read_file(Path(name))
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SdqError(f"The recipe {name} is not valid TOML: {error}.") from error
+
+
+def with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> Tree:
+    """A recipe's tree with `overrides` on top of it and of each precision's table.
+
+    So it can be recorded, and resolved later for another precision: that one's table counts then, and what was
+    overridden stays overridden.
+    """
+    given = _nest(overrides or {})
+    merged = _merge(dict(tree), given)
+    in_tables = _without_precisions(given)
+    if isinstance(quantization := in_tables.get("quantization"), Mapping):
+        in_tables["quantization"] = {key: value for key, value in quantization.items() if key != "precision"}
+    tables = {key: merged[key] for key in PRECISIONS if isinstance(merged.get(key), dict)}
+    return merged | {key: _merge(table, in_tables) for key, table in tables.items()}
+
+
+def recipe_from(tree: Mapping[str, Any], origin: str) -> Recipe:
+    """The recipe of a parsed file, or of the tree that a run recorded; `origin` names it in messages.
 
     Raises:
         SdqError: values that are not allowed, every mistake in one report.
     """
-    base = {key: value for key, value in tree.items() if key not in PRECISIONS}
-    variants = {key: tree[key] for key in PRECISIONS if key in tree}
-    given = _nest(overrides or {})
-    problems: list[str] = []
-    chosen = _merge(base, given).get("quantization", {}).get("precision")
-    recipe = _validate(_merge(_merge(base, variants.get(str(chosen), {})), given), problems)
+    base = _without_precisions(tree)
+    variants = {key: tree[key] for key in PRECISIONS if isinstance(tree.get(key), Mapping)}
+    problems = [f"{key}: found {tree[key]!r}; allowed: a table" for key in PRECISIONS if key in tree.keys() - variants]
+    quantization = base.get("quantization")
+    chosen = quantization.get("precision") if isinstance(quantization, Mapping) else None
+    recipe = _validate(_merge(base, variants.get(str(chosen), {})), problems)
     for key, variant in variants.items():
         if key != chosen:
             _validate(_merge(base, variant), problems)
@@ -82,17 +112,6 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _read(name: str | Path) -> tuple[Tree, str]:
-    if str(name) in available_recipes():
-        text, origin = resources.files("sdq_deploy.recipes").joinpath(f"{name}.toml").read_text("utf-8"), str(name)
-    else:
-        text, origin = _read_file(Path(name)), str(name)
-    try:
-        return tomllib.loads(text), origin
-    except tomllib.TOMLDecodeError as error:
-        raise SdqError(f"The recipe {origin} is not valid TOML: {error}.") from error
-
-
 def _read_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -113,8 +132,14 @@ def _nest(values: Mapping[str, Any]) -> Tree:
         table = tree
         for part in parts[:-1]:
             table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise SdqError(f"{key} cannot be set beside {part}, which was set as a whole.", "Set one of the two.")
         table[parts[-1].strip('"')] = value
     return tree
+
+
+def _without_precisions(tree: Mapping[str, Any]) -> Tree:
+    return {key: value for key, value in tree.items() if key not in PRECISIONS}
 
 
 def _merge(base: Tree, over: Mapping[str, Any]) -> Tree:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,9 @@ class TrainingSettings:
     prompts: tuple[str, ...]
     seed: int = 0
     revision: str | None = None
+    recipe_tree: Mapping[str, Any] = field(default_factory=dict)
+    """What `recipe` was resolved from, the tables of all precisions with it: recorded, so that a resumed run can change
+    its precision. Empty: `recipe` alone is recorded."""
 
 
 class TrainingContext:

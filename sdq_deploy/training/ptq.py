@@ -76,7 +76,7 @@ def _context_of(run: Path, source: Source | None) -> TrainingContext:
     settings = TrainingSettings(
         model=recorded.get("model", ""),
         out=run,
-        recipe=recipe_from(recorded.get("recipe", {}), None, str(run)),
+        recipe=recipe_from(recorded.get("recipe", {}), str(run)),
         prompts=tuple(recorded.get("prompts", ())),
         seed=recorded.get("seed", 0),
         revision=recorded.get("revision"),

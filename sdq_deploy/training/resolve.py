@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdq_deploy.models import EMBEDDED
-from sdq_deploy.recipes.load import load_recipe, recipe_from
+from sdq_deploy.recipes.load import read_recipe, recipe_from, with_overrides
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingSettings
 from sdq_deploy.training.prompts import read_prompts, shapes_prompts
@@ -44,13 +44,17 @@ def resolve_settings(
     if recorded and recorded["model"] != named:
         raise SdqError(f"The run {out} trains {recorded['model']}, not {named}.", "Give its model, or another --out.")
     if recorded and recipe is None:
-        chosen = recipe_from(recorded["recipe"], overrides, str(out))
+        tree, origin = recorded["recipe"], str(out)
     else:
-        chosen = load_recipe(recipe or default_recipe(model), overrides)
+        origin = recipe or default_recipe(model)
+        tree = read_recipe(origin)
+    tree = with_overrides(tree, overrides)
+    chosen = recipe_from(tree, origin)
     return TrainingSettings(
         model=named,
         out=out,
         recipe=chosen,
+        recipe_tree=tree,
         prompts=_prompts(model, chosen, prompt_file, recorded),
         seed=seed if seed is not None else recorded.get("seed", 0),
         revision=revision or recorded.get("revision"),

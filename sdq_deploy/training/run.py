@@ -17,7 +17,7 @@ from sdq_engines.errors import SdqError
 from sdq_engines.files import claim_output
 from sdq_export.source import Source, load_source
 
-__all__ = ["make_accelerator", "read_settings", "run_training"]
+__all__ = ["make_accelerator", "read_settings", "recorded_settings", "run_training"]
 
 
 def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Any:
@@ -69,7 +69,7 @@ def run_training(
             if dataset is not None and accelerator.is_main_process:
                 _adopt_dataset(context, dataset)
             accelerator.wait_for_everyone()
-            return run_stages(context, _record(settings))
+            return run_stages(context, recorded_settings(settings))
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"Continue with: {resume_command(settings)}") from interrupt
 
@@ -103,11 +103,12 @@ def read_settings(out: Path) -> dict[str, Any]:
     return recorded
 
 
-def _record(settings: TrainingSettings) -> dict[str, Any]:
+def recorded_settings(settings: TrainingSettings) -> dict[str, Any]:
+    """What run.json keeps of the settings, and `read_settings` finds again."""
     return {
         "model": settings.model,
         "revision": settings.revision,
-        "recipe": settings.recipe.model_dump(mode="json"),
+        "recipe": settings.recipe_tree or settings.recipe.model_dump(mode="json"),
         "prompts": list(settings.prompts),
         "seed": settings.seed,
     }

@@ -54,6 +54,12 @@ def test_a_model_becomes_a_package_with_an_engine(
     assert manifest.sampler.guidance_scale == 2.5
     assert manifest.engines["onnxruntime"].profile.batch_opt == 2
     assert "engine:onnxruntime" in manifest.fidelity["parity"]
+    with pytest.raises(SystemExit):
+        main.run(["inspect", str(out)])
+    shown = capsys.readouterr().out
+    for criterion, figures in manifest.fidelity["parity"].items():
+        assert f"{criterion} " in shown
+        assert figures["says"] in shown
 
 
 def test_a_run_becomes_a_quantized_package(run_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdq_engines.errors import SdqError
-from sdq_engines.files import atomic_write, atomic_write_json, atomic_write_text, claim_output, sha256_file
+from sdq_engines.files import (
+    atomic_write,
+    atomic_write_json,
+    atomic_write_text,
+    claim_output,
+    remove_empty_parents,
+    sha256_file,
+)
 from sdq_engines.package.layout import MANIFEST
 from sdq_engines.package.paths import is_inside
 from sdq_engines.package.schema import FileEntry, Manifest
@@ -97,7 +104,4 @@ class PackageEditor:
         for name in list(names):
             path = self.folder.joinpath(*name.split("/"))
             path.unlink(missing_ok=True)
-            for parent in path.parents:
-                if parent == self.folder or any(parent.iterdir()):
-                    break
-                parent.rmdir()
+            remove_empty_parents(path, self.folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from sdq_deploy.recipes import available_recipes, load_recipe, parse_assignments
+from sdq_deploy.recipes.load import read_recipe, recipe_from, with_overrides
 from sdq_engines.errors import SdqError
 
 
@@ -21,6 +23,25 @@ def test_overrides_win_over_the_precision_and_that_over_the_file() -> None:
     assert load_recipe("shapes-64", {"quantization.precision": "w8a8"}).fit.max_train_steps < plain
     chosen = load_recipe("shapes-64", {"quantization.precision": "w8a8", "fit.max_train_steps": 7})
     assert chosen.fit.max_train_steps == 7
+
+
+def test_a_recorded_recipe_can_change_its_precision() -> None:
+    """What `train --resume --precision` does: the other precision's table counts, what was set stays set."""
+    recorded = with_overrides(read_recipe("shapes-64"), {"fit.batch_size": 4, "quantization.precision": "w8a8"})
+    changed = with_overrides(json.loads(json.dumps(recorded)), {"quantization.precision": "w4a8"})
+    assert recipe_from(recorded, "run") == load_recipe(
+        "shapes-64", {"fit.batch_size": 4, "quantization.precision": "w8a8"}
+    )
+    assert recipe_from(changed, "run") == load_recipe("shapes-64", {"fit.batch_size": 4})
+    again = with_overrides(changed, {"quantization.precision": "w8a8", "fit.max_train_steps": 7})
+    assert (recipe_from(again, "run").fit.max_train_steps, recipe_from(again, "run").fit.batch_size) == (7, 4)
+
+
+def test_tables_and_values_that_exclude_each_other() -> None:
+    with pytest.raises(SdqError, match="w8a8: found 3; allowed: a table"):
+        load_recipe("shapes-64", {"w8a8": 3})
+    with pytest.raises(SdqError, match="cannot be set beside weight_lr"):
+        load_recipe("shapes-64", parse_assignments(["fit.weight_lr=1e-5", "fit.weight_lr.w4=1e-5"]))
 
 
 def test_set_takes_toml_values_and_bare_words() -> None:

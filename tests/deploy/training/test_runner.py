@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from sdq_deploy.recipes import load_recipe
+from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.ptq import METHODS, quantize_without_training
-from sdq_deploy.training.run import run_training
+from sdq_deploy.training.resolve import resolve_settings
+from sdq_deploy.training.run import recorded_settings, run_training
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import load_checkpoint
 from sdq_export.reference import build_reference
 from sdq_export.source import load_source
-from tests.deploy.training.helpers import small_settings
+from tests.deploy.training.helpers import SMALL, small_settings
 
 
 def train_again(model: Path, finished: Path, out: Path, overrides: dict[str, Any] | None = None) -> list[str]:
@@ -29,6 +32,20 @@ def test_nothing_runs_twice(tiny_sd: Path, finished_run: Path, tmp_path: Path) -
 
 def test_only_what_depends_on_a_change_runs_again(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:
     assert train_again(tiny_sd, finished_run, tmp_path / "run", {"fit.max_train_steps": 1}) == ["fit", "save"]
+
+
+def test_a_resumed_run_takes_the_table_of_its_new_precision(tiny_sd: Path, tmp_path: Path) -> None:
+    """W4A8 recorded, W8A8 asked for: [w8a8.fit] counts; what was set by hand and recorded stays."""
+    out, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a red circle number {index}" for index in range(10)), encoding="utf-8")
+    small = {key: value for key, value in SMALL.items() if key != "fit.max_train_steps"}
+    first = resolve_settings(str(tiny_sd), out, recipe="shapes-64", overrides=small, prompt_file=prompts)
+    assert (first.recipe.quantization.precision, first.recipe.fit.max_train_steps) == ("w4a8", 240)
+    RunFolder(out).write_status({**RunFolder(out).read_status(), "settings": recorded_settings(first)})
+    changed = {"quantization.precision": "w8a8"}
+    resumed = resolve_settings(str(tiny_sd), out, overrides=changed, resume=True).recipe
+    assert resumed == load_recipe("shapes-64", small | changed)
+    assert resumed.fit.max_train_steps == 60
 
 
 def test_another_run_gives_its_dataset(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:

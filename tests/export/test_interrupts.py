@@ -1,0 +1,140 @@
+"""Exports that are interrupted, by real signals to a real process: the old package stays, or nothing does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdq_deploy.cli import main
+from sdq_engines.errors import SdqError
+from sdq_engines.package.editor import PackageEditor
+from sdq_engines.package.layout import DENOISER, model_file
+from sdq_engines.package.store import open_package
+from sdq_export.source import Source
+from sdq_export.writer import export_package
+from tests.export.conftest import GUIDANCE, plan_of
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def made(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package without engines; copy it."""
+    out = tmp_path_factory.mktemp("made") / "package"
+    return export_package(source, out, plan_of(source, "ddim", 2), GUIDANCE).package.folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def options(model: Path, out: Path) -> list[str]:
+    return ["export", str(model), "--out", str(out), "--num-inference-steps", "3"]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "export", "engines"))
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        errors="replace",  # of a read that ends inside of a bar
+        env={**os.environ, "PYTHONPATH": paths, "FORCE_COLOR": "1"},  # bars as on a terminal: they say where it is
+        # A shell that runs the tests in the background has SIGINT ignored, which a child would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def said_until(process: subprocess.Popen[str], words: str) -> str:
+    """Read the command's messages until they hold `words`."""
+    assert process.stderr is not None
+    said = ""
+    while words not in said:
+        character = process.stderr.read(1)
+        assert character, said
+        said += character
+    return said
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, rest = process.communicate(timeout=300)
+    return process.returncode, rest
+
+
+@pytest.mark.parametrize(("stage", "replaced"), [("sampling with", False), ("capturing the denoiser", True)])
+def test_ctrl_c_in_a_stage_leaves_what_was_there(
+    tiny_sd: Path, made: Path, tmp_path: Path, stage: str, replaced: bool
+) -> None:
+    out = tmp_path / "package"
+    if replaced:
+        shutil.copytree(made, out)
+    process = start("-m", "sdq_deploy.cli.main", *options(tiny_sd, out))
+    said_until(process, stage)
+    process.send_signal(signal.SIGINT)
+    code, said = finish(process)
+    assert code == 130, said
+    assert said.rstrip().endswith("Interrupted.")
+    assert "Traceback" not in said
+    assert contents(out) == contents(made) if replaced else not out.exists()
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_ctrl_c_while_files_are_replaced_puts_them_back(
+    source: Source, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """The signal comes when some of the new files are in their places: too short a time to be hit from outside."""
+    out = tmp_path / "package"
+    if replaced:
+        shutil.copytree(made, out)
+    monkeypatch.setattr(PackageEditor, "move_file", signalled(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            export_package(source, out, plan_of(source, "ddim", 3), GUIDANCE)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert contents(out) == contents(made) if replaced else not out.exists()
+
+
+def test_a_kill_while_files_are_replaced_is_never_read_as_a_package(tiny_sd: Path, made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "package"
+    shutil.copytree(made, out)
+    process = start("-m", "tests.export.test_interrupts", *options(tiny_sd, out))
+    code, _ = finish(process)
+    assert code == -signal.SIGKILL
+    with pytest.raises(SdqError, match="is incomplete: its export was interrupted"):
+        open_package(out)
+    with pytest.raises(SystemExit) as exit_:
+        main.run(options(tiny_sd, out))
+    assert exit_.value.code == 0
+    package = open_package(out, verify="full")
+    assert package.manifest.sampler.num_inference_steps == 3
+    assert set(contents(out)) == {"manifest.json", *package.manifest.files}
+
+
+def signalled(number: int) -> Callable[[PackageEditor, str, Path], None]:
+    """`PackageEditor.move_file` that sends this process a signal once the denoiser is in its place."""
+    move_file = PackageEditor.move_file
+
+    def moved(self: PackageEditor, relative: str, source: Path) -> None:
+        move_file(self, relative, source)
+        if relative == model_file(DENOISER):
+            os.kill(os.getpid(), number)
+
+    return moved
+
+
+if __name__ == "__main__":
+    PackageEditor.move_file = signalled(signal.SIGKILL)  # type: ignore[method-assign]
+    main.run(sys.argv[1:])
