@@ -13,7 +13,7 @@ import numpy as np
 from sdq_engines.package.layout import COMPONENTS, DENOISER, PROLOGUE, TEXT_ENCODER, VAE_DECODER
 from sdq_engines.runtime.pipeline import Pipeline
 
-__all__ = ["BenchReport", "Timing", "bench", "measure"]
+__all__ = ["BenchReport", "Timing", "bench", "component_calls", "measure"]
 
 PROMPT = "a red circle on a blue background"
 
@@ -84,7 +84,7 @@ def bench(
         pipeline.session.component(name)
     loaded = time.perf_counter() - started
     components = {}
-    for name, call in _calls(pipeline, batch).items():
+    for name, call in component_calls(pipeline, batch).items():
         announce(name)
         components[name] = measure(call, runs)
     announce("end to end")
@@ -106,7 +106,7 @@ def bench(
     )
 
 
-def _calls(pipeline: Pipeline, batch: int) -> dict[str, Callable[[], object]]:
+def component_calls(pipeline: Pipeline, batch: int) -> dict[str, Callable[[], object]]:
     """One call of each component with inputs of the sizes that an image of this batch needs."""
     embeddings = pipeline.encode([PROMPT])
     prompt = {name: np.repeat(value, 2 * batch, axis=0) for name, value in pipeline.prologue(embeddings).items()}

@@ -26,13 +26,14 @@ __all__ = [
     "sha256_file",
 ]
 
-FolderKind = Literal["run", "package", "demo"]
+FolderKind = Literal["run", "package", "demo", "evaluation"]
 
 #: The file that makes a folder ours, and the value of its "kind" field.
 MARKERS: dict[FolderKind, tuple[str, str]] = {
     "run": ("run.json", "sdq-run"),
     "package": ("manifest.json", "sdq-package"),
     "demo": ("demo.json", "sdq-demo"),
+    "evaluation": ("evaluation.json", "sdq-evaluation"),
 }
 
 

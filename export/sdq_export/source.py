@@ -34,7 +34,11 @@ class Source:
     @cached_property
     def sha256(self) -> str:
         """Hash over the denoiser's weight files, in hexadecimal."""
-        files = self._weight_files("unet")
+        return self.weights_sha256("unet")
+
+    def weights_sha256(self, component: str) -> str:
+        """Hash over the weight files of "unet", "vae" or "text_encoder", in hexadecimal."""
+        files = self._weight_files(component)
         if len(files) == 1:
             return sha256_file(files[0])
         return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()

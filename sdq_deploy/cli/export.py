@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sdq_export.source import Source
     from sdq_export.writer import ExportResult, OnStage
 
-__all__ = ["register"]
+__all__ = ["quiet_libraries", "register"]
 
 _DEFAULT_STEPS, _DEFAULT_GUIDANCE = 50, 7.5
 """diffusers' own, for a MODEL exported without saying otherwise."""
@@ -85,7 +85,7 @@ def export(
         check_engine_name(name)
     engines = list(dict.fromkeys(choose_engine(name) for name in engine or []))
     require_extra("train", "torch", "diffusers", "transformers", "onnxscript", "onnxruntime")
-    _quiet_libraries()
+    quiet_libraries()
 
     job = (
         _open_run(source, scheduler, num_inference_steps, stored)
@@ -274,7 +274,7 @@ def _finish(package: Package, json: bool) -> None:
     )
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Loading bars of the model libraries would tear our own display."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

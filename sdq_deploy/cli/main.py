@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdq_deploy.cli import demo, export, packages, train
+from sdq_deploy.cli import demo, evaluate, export, packages, train
 from sdq_deploy.cli.shared import Interrupted, InterruptibleGroup, status_console
 from sdq_engines.errors import SdqError
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (train, export, packages, demo):
+for group in (train, export, evaluate, packages, demo):
     group.register(app)
 
 #: Errors of the operating system that are the user's to mend, and what to say about them.

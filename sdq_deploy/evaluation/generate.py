@@ -11,16 +11,49 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdq_deploy.training.guidance import guide, predict_outputs
-from sdq_export.families.sd import encode_prompts
+from sdq_export.families.sd import encode_prompts, latent_shape
 from sdq_export.sampler import SamplerPlan, run_sampler
 from sdq_export.source import Source
 
-__all__ = ["decode", "generate_images", "starting_noise"]
+__all__ = ["decode", "generate_images", "sample_latents"]
 
 
-def starting_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The noise that `torch.Generator("cpu").manual_seed(seed)` gives for each seed, FP32 [N, *shape]."""
-    return torch.stack([torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
+@torch.no_grad()
+def sample_latents(
+    source: Source,
+    denoiser: nn.Module,
+    plan: SamplerPlan,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    guidance_scale: float,
+    *,
+    device: torch.device | str = "cpu",
+    on_latents: Callable[[int, Tensor], Any] | None = None,
+) -> Tensor:
+    """Final latents of one batch, FP32 [N, C, h, w] on `device`, with guidance against the empty prompt.
+
+    Each seed drives a CPU generator of its own, for the starting noise and for what a stochastic sampler adds.
+
+    Args:
+        source: brings the text encoder, which stays where it is.
+        denoiser: on `device`; called as (latents [2N, C, h, w], steps int64 [2N], text_embeddings [2N, L, D]).
+        plan: the sampler.
+        prompts, seeds: N of each.
+        guidance_scale: w in uncond + w (cond - uncond); 1 or less is none, as in diffusers.
+        device: where to compute.
+        on_latents: hears (step, latents) after each step.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    shape = latent_shape(source)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    text = encode_prompts(source, list(prompts)).to(device)
+    empty = encode_prompts(source, [""]).to(device) if guidance_scale > 1 else None
+
+    def predict(model_input: Tensor, step: int) -> Tensor:
+        steps = torch.full((len(text),), step, device=device)
+        return guide(predict_outputs(denoiser, model_input, steps, text, empty), guidance_scale)
+
+    return run_sampler(plan, predict, noise, generator=generators, on_latents=on_latents)
 
 
 @torch.no_grad()
@@ -32,7 +65,6 @@ def decode(source: Source, latents: Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
-@torch.no_grad()
 def generate_images(
     source: Source,
     denoiser: nn.Module,
@@ -44,31 +76,18 @@ def generate_images(
     batch_size: int = 32,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> NDArray[np.uint8]:
-    """One image for each prompt and seed, with classifier-free guidance against the empty prompt.
+    """One image for each prompt and seed, uint8 [N, H, W, 3]; see `sample_latents`.
 
     Args:
-        source: brings the text encoder and the VAE.
-        denoiser: called as (latents [2B, C, h, w], steps int64 [2B], text_embeddings [2B, L, D]).
-        plan: the sampler; a deterministic one.
-        prompts, seeds: N of each.
-        guidance_scale: w in uncond + w (cond - uncond).
+        source, denoiser, plan, prompts, seeds, guidance_scale: as there.
+        batch_size: images computed together.
         progress: hears how many images were just finished.
-
-    Returns:
-        uint8 [N, H, W, 3].
     """
-    config: Any = source.unet.config
-    empty = encode_prompts(source, [""])
     images = []
     for first in range(0, len(prompts), batch_size):
-        text = encode_prompts(source, list(prompts[first : first + batch_size]))
-
-        def predict(model_input: Tensor, step: int, text: Tensor = text) -> Tensor:
-            steps = torch.full((len(text),), step)
-            return guide(predict_outputs(denoiser, model_input, steps, text, empty), guidance_scale)
-
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        noise = starting_noise(seeds[first : first + batch_size], shape)
-        images.append(decode(source, run_sampler(plan, predict, noise)))
-        progress(len(text))
+        part = slice(first, first + batch_size)
+        images.append(
+            decode(source, sample_latents(source, denoiser, plan, prompts[part], seeds[part], guidance_scale))
+        )
+        progress(len(images[-1]))
     return np.concatenate(images)

@@ -66,7 +66,8 @@ def largest_activations(
     device = next(denoiser.parameters()).device
     empty = data.empty.to(device) if data.guided else None
     for step in range(spec.num_steps):
-        for part in torch.split(data.at_step(step, samples_per_step), BATCH):
+        rows = data.at_step(step, samples_per_step)
+        for part in torch.split(rows, BATCH) if len(rows) else ():  # the split of nothing is one empty part
             with _watching(denoiser, spec, largest, step):
                 embeddings = data.embeddings[data.shard.prompt_ids[part]].to(device)
                 steps = data.shard.steps[part].to(device)

@@ -13,6 +13,7 @@ __all__ = ["run_sampler"]
 
 Predict = Callable[[torch.Tensor, int], torch.Tensor]
 OnStep = Callable[[int, torch.Tensor, torch.Tensor], None]
+OnLatents = Callable[[int, torch.Tensor], None]
 
 
 def run_sampler(
@@ -24,6 +25,7 @@ def run_sampler(
     clean_latents: torch.Tensor | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     on_step: OnStep | None = None,
+    on_latents: OnLatents | None = None,
 ) -> torch.Tensor:
     """Sample latents with ``plan``, from step ``start`` to its end.
 
@@ -38,6 +40,7 @@ def run_sampler(
         generator: draws the fresh noise of stochastic samplers, one for the batch or one per sample, in diffusers'
             order.
         on_step: called after each model call with (step, model_input, model output).
+        on_latents: called after each step with (step, the latents that it left).
 
     Returns:
         The final latents, float32 [B, C, h, w], on the device of ``noise``.
@@ -57,6 +60,8 @@ def run_sampler(
         state = torch.tensordot(matrix.reshape(slots, slots), state, dims=1) + _outer(add_output, output)
         if bool(add_noise.any()):
             state = state + _outer(add_noise, _fresh_noise(output, generator))
+        if on_latents is not None:
+            on_latents(step, state[0])
     return state[0]
 
 

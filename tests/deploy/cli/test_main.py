@@ -111,7 +111,7 @@ def test_a_wrong_call_exits_with_two(arguments: list[str], capsys: pytest.Captur
     assert "Traceback" not in capsys.readouterr().err
 
 
-COMMANDS = ["train", "export", "build", "run", "inspect", "verify", "doctor", "bench", "demo"]
+COMMANDS = ["train", "export", "evaluate", "build", "run", "inspect", "verify", "doctor", "bench", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

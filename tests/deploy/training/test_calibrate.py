@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,17 @@ def test_a_group_holds_the_largest_magnitude_of_its_steps() -> None:
 def test_a_group_without_latents_takes_its_neighbours() -> None:
     largest = {"a.input": torch.tensor([0.0, 127.0, 0.0, 0.0, 254.0])}
     assert activation_scales(largest, spec_of((0, 1, 2, 3, 4)))["a.input.scale"].tolist() == [1.0, 1.0, 1.0, 2.0, 2.0]
+
+
+def test_a_step_without_latents_leaves_zero(tiny_sd: Path, finished_run: Path) -> None:
+    context = small_context(tiny_sd, finished_run)
+    data = load_split(finished_run / "dataset", "training")
+    bare = int(data.shard.steps[0])
+    rest = data.shard.steps != bare
+    rows = {name: getattr(data.shard, name)[rest] for name in ("latents", "steps", "prompt_ids")}
+    kept = replace(data, shard=replace(data.shard, **rows))
+    largest = largest_activations(context.teacher, context.spec, kept, 100, lambda: None)
+    assert all(seen[bare] == 0 and seen.count_nonzero() > 0 for seen in largest.values())
 
 
 def test_one_group_is_the_largest_of_the_per_step_scales(tiny_sd: Path, finished_run: Path) -> None:

@@ -1,0 +1,337 @@
+"""What is compared: packages, training runs and plain models, found, described and hashed before any image is made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from sdq_deploy.models import resolve_model
+from sdq_engines.errors import SdqError
+from sdq_engines.files import folder_kind, sha256_file
+from sdq_engines.package.layout import ENGINES
+from sdq_engines.package.store import open_package
+from sdq_engines.runtime.pipeline import Pipeline
+from sdq_export.checkpoint import CHECKPOINT_FOLDER, SamplerSettings, SourceRef, load_checkpoint
+from sdq_export.families.sd import latent_shape, pixels_per_latent
+from sdq_export.source import Source, load_source
+
+__all__ = ["Candidate", "agree_on_sampler", "find_reference", "open_candidates"]
+
+#: What the floating-point model is called among the candidates.
+REFERENCE = "FP"
+
+Kind = Literal["package", "run", "model"]
+
+_DEFAULT_STEPS, _DEFAULT_GUIDANCE = 50, 7.5
+"""diffusers' own, for MODELs alone."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make images. Picklable: worker processes load it themselves.
+
+    Attributes:
+        name: unique in the evaluation.
+        path: the folder, or a model's hub id or name.
+        source: the floating-point checkpoint it was made from; a model's is itself.
+        sampler: what it was made for; None for a model, which takes any.
+        image_size: (height, width) in pixels.
+        latent_shape: (C, h, w).
+        identity: hash of everything that its images depend on but prompts, seeds and sampler.
+        engine: of a package.
+        precision: e.g. w4a8; "fp32" for a model.
+        num_bytes: a package's size without engines, a run's checkpoint's; None for a model.
+    """
+
+    name: str
+    kind: Kind
+    path: str
+    source: SourceRef
+    sampler: SamplerSettings | None
+    image_size: tuple[int, int]
+    latent_shape: tuple[int, int, int]
+    identity: str
+    engine: str | None = None
+    precision: str = "fp32"
+    num_bytes: int | None = None
+
+    @property
+    def images_by(self) -> str:
+        """What makes its images, for people."""
+        if self.kind == "package":
+            return f"package, {self.engine}"
+        return "torch, fake quantization" if self.kind == "run" else "torch, FP32"
+
+
+def open_candidates(texts: Sequence[str], engine: str = "auto") -> list[Candidate]:
+    """Find every candidate that the user named, each as PATH, MODEL or NAME=PATH.
+
+    Raises:
+        SdqError: none is given, one cannot be opened, or two have one name.
+    """
+    if not texts:
+        raise SdqError("There is nothing to evaluate.", "Give packages, runs or models: sdq-deploy evaluate package")
+    named = [_split_name(text) for text in texts]
+    names = [name or short for (name, _), short in zip(named, _short_names([path for _, path in named]), strict=True)]
+    for name in names:
+        if name == REFERENCE:
+            raise SdqError(f"{name!r} is the reference's name.", "Give the candidate another: evaluate NAME=PATH")
+        if names.count(name) > 1:
+            raise SdqError(f"Two candidates are named {name!r}.", "Give them names: evaluate NAME=PATH OTHER=PATH")
+    return [_open(name, path, engine) for name, (_, path) in zip(names, named, strict=True)]
+
+
+def _split_name(text: str) -> tuple[str | None, str]:
+    name, found, path = text.partition("=")
+    if not found or Path(text).exists() or not name.strip() or "/" in name:
+        return None, text
+    return name.strip(), path
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, or as many as tell them apart."""
+    parts = [Path(path).resolve().parts if Path(path).exists() else tuple(path.split("/")) for path in paths]
+    names = []
+    for own in parts:
+        length = 1
+        while length < len(own) and sum(other[-length:] == own[-length:] for other in parts) > 1:
+            length += 1
+        names.append("/".join(own[-length:]).lstrip("/"))
+    return names
+
+
+def _open(name: str, path: str, engine: str) -> Candidate:
+    folder = Path(path)
+    if folder_kind(folder) == "package" or (folder / "manifest.json").is_file():
+        return _open_package(name, folder, engine)
+    if folder_kind(folder) == "run" or (folder / "quant.json").is_file():
+        return _open_run(name, folder)
+    return _open_model(name, path)
+
+
+def _open_package(name: str, folder: Path, engine: str) -> Candidate:
+    # Loading is the only way to know which engine works here; it checks every hash first.
+    pipeline = Pipeline.from_package(open_package(folder), engine)
+    manifest, entry = pipeline.manifest, pipeline.session.entry
+    own = f"{ENGINES}/{pipeline.engine}/"
+    files = {
+        path: file.sha256
+        for path, file in manifest.files.items()
+        if not path.startswith(f"{ENGINES}/") or path.startswith(own)
+    }
+    sampler = manifest.sampler
+    return Candidate(
+        name=name,
+        kind="package",
+        path=str(folder),
+        source=SourceRef(model=manifest.source.model, revision=manifest.source.revision, sha256=manifest.source.sha256),
+        sampler=SamplerSettings(
+            scheduler=sampler.scheduler,
+            config=sampler.config,
+            num_inference_steps=sampler.num_inference_steps,
+            guidance_scale=sampler.guidance_scale,
+        ),
+        image_size=manifest.io.image_size,
+        latent_shape=manifest.io.latent_shape,
+        identity=_digest("package", files, pipeline.engine, entry.version, entry.profile.model_dump(), entry.options),
+        engine=pipeline.engine,
+        precision=manifest.precision,
+        num_bytes=sum(file.size for path, file in manifest.files.items() if not path.startswith(f"{ENGINES}/")),
+    )
+
+
+def _open_run(name: str, folder: Path) -> Candidate:
+    _require_finished(folder)
+    checkpoint = load_checkpoint(folder)
+    inner = folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder
+    files = {file.name: sha256_file(file) for file in sorted(inner.iterdir()) if file.is_file()}
+    source = load_source(resolve_model(checkpoint.info.source.model), checkpoint.info.source.revision)
+    if source.sha256 != checkpoint.info.source.sha256:
+        raise SdqError(
+            f"The run {folder} was trained from another {checkpoint.info.source.model}: "
+            "its denoiser's hash is not the same.",
+            "Evaluate it beside the checkpoint that it was trained from, or train it again.",
+        )
+    return Candidate(
+        name=name,
+        kind="run",
+        path=str(folder),
+        source=checkpoint.info.source,
+        sampler=checkpoint.info.sampler,
+        image_size=_image_size(source),
+        latent_shape=latent_shape(source),
+        identity=_digest("run", files, _model_identity(source)),
+        precision=checkpoint.info.spec.precision,
+        num_bytes=sum(file.stat().st_size for file in inner.iterdir() if file.is_file()),
+    )
+
+
+def _require_finished(folder: Path) -> None:
+    from sdq_deploy.training.folder import RunFolder
+
+    if folder_kind(folder) != "run":
+        return
+    status = RunFolder(folder).read_status().get("status")
+    if status != "complete":
+        raise SdqError(
+            f"The training in {folder} is not finished: it stopped in the stage {status!r}.",
+            f"Finish it: sdq-deploy train MODEL --out {folder} --resume",
+        )
+
+
+def _open_model(name: str, model: str, revision: str | None = None) -> Candidate:
+    source = load_source(resolve_model(model), revision)
+    return Candidate(
+        name=name,
+        kind="model",
+        path=model,
+        source=SourceRef(model=model, revision=revision, sha256=source.sha256),
+        sampler=None,
+        image_size=_image_size(source),
+        latent_shape=latent_shape(source),
+        identity=_digest("model", _model_identity(source)),
+    )
+
+
+def _image_size(source: Source) -> tuple[int, int]:
+    _, height, width = latent_shape(source)
+    factor = pixels_per_latent(source)
+    return height * factor, width * factor
+
+
+def _model_identity(source: Source) -> dict[str, str]:
+    return {part: source.weights_sha256(part) for part in ("unet", "vae", "text_encoder")}
+
+
+def _digest(*parts: Any) -> str:
+    # The program's version too: another one may compute otherwise.
+    content = json.dumps([metadata.version("sdq-deploy"), *parts], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def find_reference(candidates: Sequence[Candidate], reference: str | None = None) -> Candidate:
+    """The floating-point model that all are held against: the one named, else the one they were made from.
+
+    Raises:
+        SdqError: they were made from different models, their model is not what it was, or image sizes differ.
+    """
+    found = _open_model(REFERENCE, reference) if reference is not None else _common_source(candidates)
+    for candidate in candidates:
+        if (candidate.image_size, candidate.latent_shape) != (found.image_size, found.latent_shape):
+            raise SdqError(
+                f"{candidate.name} makes images of {_pixels(candidate.image_size)} pixels, the reference "
+                f"{found.path} of {_pixels(found.image_size)}; they cannot be compared.",
+                "Give the model that it was made from with --reference.",
+            )
+    return found
+
+
+def _common_source(candidates: Sequence[Candidate]) -> Candidate:
+    quantized = [candidate for candidate in candidates if candidate.kind != "model"]
+    if not quantized:
+        raise SdqError(
+            "Models alone do not say what to compare them with.", "Name the floating-point model: --reference MODEL"
+        )
+    first = quantized[0]
+    for other in quantized[1:]:
+        if other.source.sha256 != first.source.sha256:
+            raise SdqError(
+                f"{first.name} and {other.name} were made from different models "
+                f"({first.source.model} and {other.source.model}; the denoisers' hashes differ).",
+                "Name the one to compare both with: --reference MODEL",
+            )
+    found = _open_model(REFERENCE, first.source.model, first.source.revision)
+    if found.source.sha256 != first.source.sha256:
+        raise SdqError(
+            f"{first.name} was made from a {first.source.model} whose denoiser had another hash than the one here.",
+            "Name the model that it was made from: --reference MODEL",
+        )
+    return found
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+def agree_on_sampler(
+    candidates: Sequence[Candidate],
+    reference: Candidate,
+    scheduler: str | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+) -> SamplerSettings:
+    """The sampler that all images are made with: the packages' and runs', which must be one.
+
+    Args:
+        candidates: those compared.
+        reference: whose scheduler counts where there are models alone.
+        scheduler, num_inference_steps: for models alone; beside a package or run they may only repeat its own.
+        guidance_scale: replaces the candidates' own.
+
+    Raises:
+        SdqError: they differ, with what differs.
+    """
+    own = [candidate for candidate in candidates if candidate.sampler is not None]
+    if not own:
+        return _model_sampler(reference, scheduler, num_inference_steps, guidance_scale)
+    first, chosen = own[0], own[0].sampler
+    assert chosen is not None
+    if guidance_scale is not None:
+        chosen = chosen.model_copy(update={"guidance_scale": guidance_scale})
+    for other in own[1:]:
+        settings = other.sampler
+        assert settings is not None
+        if guidance_scale is not None:
+            settings = settings.model_copy(update={"guidance_scale": guidance_scale})
+        if difference := _difference(chosen, settings):
+            raise SdqError(
+                f"{first.name} and {other.name} do not sample alike: {difference}.",
+                "Evaluate them apart, or export them with one sampler.",
+            )
+    _refuse_other_sampler(first, scheduler, num_inference_steps)
+    return chosen
+
+
+def _difference(a: SamplerSettings, b: SamplerSettings) -> str | None:
+    for what in ("scheduler", "num_inference_steps", "guidance_scale"):
+        if getattr(a, what) != getattr(b, what):
+            return f"{what} {getattr(a, what)} and {getattr(b, what)}"
+    # A newer diffusers writes more settings, so only those that both have are compared.
+    for key in a.config.keys() & b.config.keys():
+        if a.config[key] != b.config[key]:
+            return f"{key} {a.config[key]} and {b.config[key]}"
+    return None
+
+
+def _refuse_other_sampler(first: Candidate, scheduler: str | None, steps: int | None) -> None:
+    from sdq_export.sampler import make_scheduler
+
+    settings = first.sampler
+    assert settings is not None
+    asked = type(make_scheduler(scheduler, {})).__name__ if scheduler is not None else settings.scheduler
+    if asked != settings.scheduler or steps not in (None, settings.num_inference_steps):
+        raise SdqError(
+            f"{first.name} samples with {settings.scheduler} and {settings.num_inference_steps} steps and no other.",
+            "Leave --scheduler and --num-inference-steps out; they are for models alone.",
+        )
+
+
+def _model_sampler(
+    reference: Candidate, scheduler: str | None, steps: int | None, guidance_scale: float | None
+) -> SamplerSettings:
+    from sdq_export.sampler import compile_sampler, make_scheduler
+
+    own = load_source(resolve_model(reference.path), reference.source.revision).scheduler
+    made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
+    plan = compile_sampler(made, _DEFAULT_STEPS if steps is None else steps)
+    return SamplerSettings(
+        scheduler=plan.scheduler,
+        config=plan.config,
+        num_inference_steps=plan.num_inference_steps,
+        guidance_scale=_DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
+    )

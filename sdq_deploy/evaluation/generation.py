@@ -1,0 +1,172 @@
+"""Make what images are missing, in this process or in several, and nothing that is there already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdq_deploy.evaluation.candidates import Candidate
+from sdq_deploy.evaluation.makers import ImageBatch, Maker, load_maker
+from sdq_deploy.evaluation.store import ImageStore, Shard
+from sdq_engines.errors import SdqError
+from sdq_export.checkpoint import SamplerSettings
+
+__all__ = ["Generation", "latent_errors", "make_images"]
+
+OnImages = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The images of one candidate. Picklable: it is what a worker process gets.
+
+    Attributes:
+        folder: the evaluation's `images` folder.
+        candidate: whose images.
+        reference: what its latents are compared with; None where it is the reference itself.
+        sampler: what all images are made with.
+        device: of torch, "cpu" or "cuda".
+    """
+
+    folder: Path
+    candidate: Candidate
+    reference: Candidate | None
+    sampler: SamplerSettings
+    device: str = "cpu"
+
+    @property
+    def store(self) -> ImageStore:
+        """Where the images go."""
+        return ImageStore(self.folder, self.candidate.name)
+
+    def fingerprint(self, shard: Shard) -> str:
+        """What the shard's images and errors depend on."""
+        against = self.reference.identity if self.reference and shard.traced else ""
+        return shard.fingerprint(self.candidate.identity, against, self.sampler.model_dump_json(), self.device)
+
+    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Those that are not whole, or were made from something else."""
+        return [shard for shard in shards if not self.store.is_whole(shard, self.fingerprint(shard))]
+
+    def make(self, maker: Maker, shard: Shard) -> None:
+        """Make and store one shard."""
+        batch = maker(shard.prompts, shard.seeds)
+        errors, latents = None, None
+        if shard.traced and self.reference is None:
+            latents = batch.latents[: shard.traced]
+        elif shard.traced and self.reference is not None:
+            wanted = ImageStore(self.folder, self.reference.name).read_latents(shard)
+            errors = latent_errors(batch.latents[: shard.traced], wanted)
+        self._check(batch)
+        self.store.write(shard, self.fingerprint(shard), batch.images, errors, latents)
+
+    def _check(self, batch: ImageBatch) -> None:
+        if not np.isfinite(batch.latents).all():
+            raise SdqError(
+                f"{self.candidate.name} ({self.candidate.images_by}) made latents that are not finite.",
+                "Its weights or its engine are damaged, or its precision overflows: try --engine onnxruntime.",
+            )
+
+
+def latent_errors(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.float64]:
+    """||z - z_FP|| / ||z_FP|| of each image and step, float64 [N, T], of latents [N, T, C, h, w]."""
+    axes = (2, 3, 4)
+    distance = np.sqrt(((found.astype(np.float64) - wanted) ** 2).sum(axis=axes))
+    size = np.sqrt((wanted.astype(np.float64) ** 2).sum(axis=axes))
+    errors: NDArray[np.float64] = distance / np.maximum(size, 1e-12)
+    return errors
+
+
+def make_images(generation: Generation, shards: Sequence[Shard], processes: int, on_images: OnImages) -> int:
+    """Make the shards that are missing.
+
+    Args:
+        generation: of one candidate; the reference's own must be finished before.
+        shards: all of the evaluation.
+        processes: how many work at once; 1 works in this one.
+        on_images: hears how many images are now there, those that were there before at once.
+
+    Returns:
+        How many images had to be made.
+
+    Raises:
+        SdqError: the candidate cannot be loaded, or a worker died.
+    """
+    missing = generation.missing(shards)
+    wanted = sum(len(shard.prompts) for shard in missing)
+    on_images(sum(len(shard.prompts) for shard in shards) - wanted)
+    finished = (
+        _here(generation, missing) if processes == 1 or len(missing) < 2 else _beside(generation, missing, processes)
+    )
+    for shard in finished:
+        on_images(len(shard.prompts))
+    return wanted
+
+
+def _here(generation: Generation, shards: Sequence[Shard]) -> Iterator[Shard]:
+    if not shards:
+        return
+    maker = load_maker(generation.candidate, generation.sampler, generation.device)
+    for shard in shards:
+        generation.make(maker, shard)
+        yield shard
+
+
+def _beside(generation: Generation, shards: Sequence[Shard], processes: int) -> Iterator[Shard]:
+    count = min(processes, len(shards))
+    threads = max(1, (os.cpu_count() or 1) // count)
+    # spawn: a fork would copy torch's and the engines' threads in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    ranks = context.Value("i", 0)
+    pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(generation, threads, ranks))
+    try:
+        for future in as_completed([pool.submit(_work, shard) for shard in shards]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise SdqError(
+            f"A process that made images of {generation.candidate.name} died, perhaps for want of memory.",
+            "Run it again with fewer --processes; the finished images are kept.",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass
+class _Worker:
+    generation: Generation
+    threads: int
+    rank: int
+    maker: Maker | None = None
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(generation: Generation, threads: int, ranks: Any) -> None:
+    global _worker
+    with ranks.get_lock():
+        rank, ranks.value = ranks.value, ranks.value + 1
+    torch.set_num_threads(threads)
+    _worker = _Worker(generation, threads, rank)
+
+
+def _work(shard: Shard) -> Shard:
+    assert _worker is not None
+    generation = _worker.generation
+    if _worker.maker is None:  # not in the initializer, whose errors a pool does not tell
+        device = generation.device
+        if device == "cuda":
+            device = f"cuda:{_worker.rank % torch.cuda.device_count()}"
+        _worker.maker = load_maker(generation.candidate, generation.sampler, device, _worker.threads)
+    generation.make(_worker.maker, shard)
+    return shard
