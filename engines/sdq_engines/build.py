@@ -128,7 +128,7 @@ def _run_child(folder: Path, engine: str, on_progress: Progress | None) -> dict[
             [sys.executable, "-m", "sdq_engines.build_child", str(folder)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing is written; it ends when this process does, however that dies
             env=environment,
         )
         last = ""

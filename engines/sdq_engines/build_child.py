@@ -1,15 +1,17 @@
 """The child process of a build: `python -m sdq_engines.build_child JOB_FOLDER`.
 
 Reads job.json, appends events to events.jsonl, writes result.json. What the native builder prints goes to the log that
-the parent made of stdout and stderr.
+the parent made of stdout and stderr. Its standard input stays empty and ends with the parent.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -24,6 +26,12 @@ from sdq_engines.package.store import Package, read_manifest
 from sdq_engines.process import peak_memory_bytes
 
 __all__ = ["main"]
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave a builder behind that holds the machine for minutes."""
+    os.read(sys.stdin.fileno(), 1)  # unbuffered: a lock held at the interpreter's end would be fatal
+    os._exit(1)
 
 
 def main(folder: Path) -> int:
@@ -84,4 +92,5 @@ def _build(folder: Path, job: dict[str, Any], stages: _Stages) -> dict[str, Any]
 
 
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.exit(main(Path(sys.argv[1])))

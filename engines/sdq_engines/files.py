@@ -21,6 +21,7 @@ __all__ = [
     "atomic_write_text",
     "claim_output",
     "folder_kind",
+    "make_writable",
     "remove_empty_parents",
     "sha256_file",
 ]
@@ -110,14 +111,23 @@ def claim_output(folder: str | Path, kind: FolderKind) -> Path:
             f"The output folder {path} exists and was not made by sdq-deploy as a {kind}; nothing was written.",
             "Give a new folder with --out, or empty this one yourself.",
         )
+    make_writable(path)
+    return path
+
+
+def make_writable(folder: Path) -> None:
+    """Make `folder` if need be and prove that a file can be written into it.
+
+    Raises:
+        SdqError: it cannot, with the operating system's reason.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".writable.{uuid.uuid4().hex[:8]}.tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{uuid.uuid4().hex[:8]}.tmp"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise SdqError(f"The output folder {path} cannot be written: {error.strerror or error}.") from error
-    return path
+        raise SdqError(f"The output folder {folder} cannot be written: {error.strerror or error}.") from error
 
 
 def remove_empty_parents(path: Path, root: Path) -> None:

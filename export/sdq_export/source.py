@@ -79,6 +79,23 @@ class Source:
         name = self.index["scheduler"][1]
         return getattr(diffusers, name).from_pretrained(self.folder / "scheduler", local_files_only=True)
 
+    def pipeline(self, scheduler: Any, kind: str = "StableDiffusionPipeline") -> Any:
+        """diffusers' own pipeline of these components, silent and without a safety checker; `kind` is its class."""
+        import diffusers
+
+        made = getattr(diffusers, kind)(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        made.set_progress_bar_config(disable=True)
+        return made
+
     @cached_property
     def license_file(self) -> Path | None:
         """The licence that travels with the package, if the checkpoint brings one."""

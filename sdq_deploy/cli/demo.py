@@ -40,6 +40,10 @@ def demo(
     from sdq_deploy.cli.main import app
     from sdq_deploy.demo.report import engine_table, variant_table, write_report
     from sdq_deploy.demo.run import DemoSettings, run_demo
+    from sdq_engines.build import choose_engine
+
+    # Before minutes of training: every engine is one, and can be built here.
+    engines = tuple(dict.fromkeys(choose_engine(name) for name in engine or _ENGINES))
 
     def command(arguments: list[str]) -> None:
         # What the commands of the stages print as their results is progress here.
@@ -52,7 +56,7 @@ def demo(
     options = [] if max_train_steps is None else ["--max-train-steps", str(max_train_steps)]
     settings = DemoSettings(
         out=out,
-        engines=tuple(engine or _ENGINES),
+        engines=engines,
         num_images=images,
         train_options=tuple(options),
         seed=seed,

@@ -39,18 +39,7 @@ def _pipeline(model: str, manifest: Manifest) -> Any:
 
     source = load_source(resolve_model(model))
     scheduler = getattr(diffusers, manifest.sampler.scheduler).from_config(manifest.sampler.config)
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=source.vae,
-        text_encoder=source.text_encoder,
-        tokenizer=source.tokenizer,
-        unet=source.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return source.pipeline(scheduler)
 
 
 def _images(pipeline: Any, manifest: Manifest, batch: int) -> Any:

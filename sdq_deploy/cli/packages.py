@@ -270,10 +270,11 @@ def _check_components(names: list[str]) -> None:
 def _check_output(out: Path) -> None:
     """Before a model is loaded: the images can be written where they shall go."""
     from sdq_engines.errors import SdqError
+    from sdq_engines.files import make_writable
 
     if out.is_dir():
         raise SdqError(f"{out} is a folder; a file is wanted.", "Give a file: --out image.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_writable(out.parent)
 
 
 def _save(result: PipelineOutput, out: Path) -> list[str]:

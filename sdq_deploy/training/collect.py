@@ -19,12 +19,10 @@ from sdq_deploy.training.dataset import EMBEDDINGS, INDEX, Shard, shard_is_whole
 from sdq_deploy.training.guidance import ModelOutputs, guide, predict_outputs
 from sdq_deploy.training.prompts import stable_seed
 from sdq_engines.files import atomic_write, atomic_write_json
+from sdq_export.families.sd import encode_prompts
 from sdq_export.sampler import run_sampler
 
-__all__ = ["collect", "collect_shard", "encode_prompts", "kept_steps", "starting_noise"]
-
-#: Prompts that go through the text encoder together.
-TEXT_BATCH = 64
+__all__ = ["collect", "collect_shard", "kept_steps", "starting_noise"]
 
 
 def collect(context: TrainingContext, inputs: str) -> None:
@@ -136,31 +134,13 @@ def kept_steps(context: TrainingContext, split: str, member: int) -> Tensor:
     return torch.zeros(calls, dtype=torch.bool).index_fill_(0, chosen, True)
 
 
-@torch.no_grad()
-def encode_prompts(context: TrainingContext, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings f32 [P, L, D] on the CPU, padded and cut as diffusers does."""
-    tokenizer, encoder = context.source.tokenizer, context.source.text_encoder.to(context.device)
-    use_mask = getattr(encoder.config, "use_attention_mask", False)
-    parts = []
-    for first in range(0, len(prompts), TEXT_BATCH):
-        tokens = tokenizer(
-            list(prompts[first : first + TEXT_BATCH]),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(context.device)
-        parts.append(
-            encoder(tokens.input_ids, attention_mask=tokens.attention_mask if use_mask else None)[0].float().cpu()
-        )
-    return torch.cat(parts)
-
-
 def _write_embeddings(context: TrainingContext) -> None:
+    source, prompts = context.source, context.prompts
+    source.text_encoder.to(context.device)
     tensors = {
-        "training": encode_prompts(context, context.prompts.training),
-        "validation": encode_prompts(context, context.prompts.validation),
-        "empty": encode_prompts(context, [""]),
+        "training": encode_prompts(source, prompts.training),
+        "validation": encode_prompts(source, prompts.validation),
+        "empty": encode_prompts(source, [""]),
     }
     with atomic_write(context.folder.dataset / EMBEDDINGS) as temporary:
         save_file(tensors, temporary)

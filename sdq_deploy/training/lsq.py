@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["broadcast_scale", "fake_quantize_lsq", "integer_range", "sample_scale", "step_gradient_scale"]
+from sdq_export.quantspec import grid_limits
 
-
-def integer_range(bits: int) -> tuple[int, int]:
-    """(Q_N, Q_P) of a symmetric b-bit grid: integers run from -Q_N = -2^(b-1) to Q_P = 2^(b-1) - 1."""
-    return 2 ** (bits - 1), 2 ** (bits - 1) - 1
+__all__ = ["broadcast_scale", "fake_quantize_lsq", "sample_scale", "step_gradient_scale"]
 
 
 def step_gradient_scale(elements: int, bits: int) -> float:
@@ -27,23 +24,23 @@ def step_gradient_scale(elements: int, bits: int) -> float:
             activation, so that the size of the batch, and of each process's part of it, does not matter.
         bits: b of the grid.
     """
-    return 1.0 / math.sqrt(elements * integer_range(bits)[1])
+    return 1.0 / math.sqrt(elements * grid_limits(bits)[1])
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, q_n: int, q_p: int, gradient_scale: float) -> Tensor:
-        x_hat = (x / scale).round_().clamp_(-q_n, q_p).mul_(scale)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
+        x_hat = (x / scale).round_().clamp_(low, high).mul_(scale)
         ctx.save_for_backward(x, x_hat, scale)
-        ctx.range = (q_n, q_p, gradient_scale)
+        ctx.range = (low, high, gradient_scale)
         return x_hat
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, x_hat, scale = ctx.saved_tensors
-        q_n, q_p, gradient_scale = ctx.range
+        low, high, gradient_scale = ctx.range
         # The gradient where -Q_N < x / s < Q_P, 0 elsewhere: what hardtanh's backward computes, in one pass.
-        grad_x = torch.ops.aten.hardtanh_backward(grad, x / scale, -q_n, q_p)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, x / scale, low, high)
         if not ctx.needs_input_grad[1]:
             return grad_x, None, None, None, None
         # dx_hat/ds = round(v) - v inside and the clipped integer outside = (x_hat - [inside] x) / s.
@@ -63,8 +60,8 @@ def fake_quantize_lsq(x: Tensor, scale: Tensor, bits: int, gradient_scale: float
         gradient_scale: factor on the gradient of `scale`, from `step_gradient_scale`.
     """
     with torch.autocast(x.device.type, enabled=False):
-        q_n, q_p = integer_range(bits)
-        result: Tensor = _FakeQuantize.apply(x.float(), scale, q_n, q_p, gradient_scale)  # type: ignore[no-untyped-call]
+        low, high = grid_limits(bits)
+        result: Tensor = _FakeQuantize.apply(x.float(), scale, low, high, gradient_scale)  # type: ignore[no-untyped-call]
         return result.to(x.dtype)
 
 

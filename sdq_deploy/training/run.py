@@ -15,6 +15,7 @@ from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.runner import run_stages
 from sdq_engines.errors import SdqError
 from sdq_engines.files import claim_output
+from sdq_export.families.sd import check_source
 from sdq_export.source import Source, load_source
 
 __all__ = ["make_accelerator", "read_settings", "recorded_settings", "run_training"]
@@ -63,6 +64,7 @@ def run_training(
     progress = new_progress()
     progress.disable = quiet or not accelerator.is_main_process
     loaded = source or load_source(resolve_model(settings.model), settings.revision)
+    check_source(loaded)  # what could not be exported is not trained
     context = TrainingContext(settings, loaded, accelerator, progress)
     try:
         with progress, _restored_unet(context):
@@ -124,8 +126,14 @@ def _restored_unet(context: TrainingContext) -> Any:
 
 
 def _adopt_dataset(context: TrainingContext, other: Path) -> None:
-    """Copy another run's serial dataset; the collect stage then keeps the shards that fit."""
+    """Copy another run's serial dataset; the collect stage then keeps the shards that fit.
+
+    Raises:
+        SdqError: there is no such run.
+    """
     source, target = RunFolder(other).dataset, context.folder.dataset
+    if not RunFolder(other).status_file.is_file():
+        raise SdqError(f"{other} is not a training run: it has no run.json.", "Give --dataset another run's folder.")
     if not (source / INDEX).is_file() or (target / INDEX).is_file():
         return
     target.mkdir(parents=True, exist_ok=True)

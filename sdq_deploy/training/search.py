@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdq_deploy.training.lsq import integer_range
+from sdq_export.quantspec import grid_limits
 
 __all__ = ["max_scale", "search_scale", "search_weight_scale"]
 
@@ -19,7 +19,7 @@ CHUNK = 1 << 20
 
 def max_scale(largest: Tensor, bits: int) -> Tensor:
     """The scale that just holds the magnitude `largest`, f32 of any shape; positive even where that is 0."""
-    return torch.where(largest > 0, largest, torch.ones_like(largest)) / integer_range(bits)[1]
+    return torch.where(largest > 0, largest, torch.ones_like(largest)) / grid_limits(bits)[1]
 
 
 @torch.no_grad()
@@ -43,13 +43,13 @@ def search_scale(rows: Tensor, bits: int, points: int = 80, power: float = 2.4) 
 
 
 def _search_chunk(rows: Tensor, widest: Tensor, bits: int, points: int, power: float) -> Tensor:
-    q_n, q_p = integer_range(bits)
+    low, high = grid_limits(bits)
     best, best_error = widest.clone(), torch.full_like(widest, float("inf"))
     scratch = torch.empty_like(rows)
     for point in range(points, 0, -1):
         scale = widest * (point / points)
         torch.mul(rows, (1.0 / scale)[:, None], out=scratch)
-        scratch.round_().clamp_(-q_n, q_p).mul_(scale[:, None]).sub_(rows).abs_()
+        scratch.round_().clamp_(low, high).mul_(scale[:, None]).sub_(rows).abs_()
         # exp2(p log2 x) is three times as fast as pow on a CPU, and right at 0.
         error = scratch.log2_().mul_(power).exp2_().sum(dim=1)
         better = error < best_error

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from sdq_deploy.cli.main import run
-from sdq_engines.package.store import Package
+from sdq_engines.build import build_engine
+from sdq_engines.package.store import Package, open_package
 from tests.engines.test_build import contents
 from tests.engines.test_store import flip_byte
 
@@ -76,6 +77,14 @@ def test_an_output_that_is_a_folder(refused: Callable[..., str], copy: Package, 
     assert "is a folder" in refused("run", copy.folder, "a prompt", "--out", tmp_path)
 
 
+def test_an_output_that_cannot_be_written(refused: Callable[..., str], copy: Package, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    inside_a_file = tmp_path / "file" / "image.png"
+    assert "cannot be written: File exists" in refused("run", copy.folder, "a prompt", "--out", inside_a_file)
+    if sys.platform == "linux":
+        assert "/sys/x cannot be written" in refused("run", copy.folder, "a prompt", "--out", "/sys/x/image.png")
+
+
 def test_several_images_are_numbered(copy: Package, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "image.png"
     with pytest.raises(SystemExit) as caught:
@@ -84,6 +93,68 @@ def test_several_images_are_numbered(copy: Package, tmp_path: Path, capsys: pyte
     report = json.loads(capsys.readouterr().out)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == [f"image-{i}.png" for i in range(4)]
     assert report["seeds"] == [3, 4, 5, 6]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("command", [["bench", "--runs", "1000000"], ["run", "a red circle", "-n", "1000000"]])
+def test_ctrl_c_in_a_long_command_exits_130(copy: Package, tmp_path: Path, command: list[str]) -> None:
+    name, *options = command
+    arguments = [name, str(copy.folder), *options, *(["--out", str(tmp_path / "image.png")] if name == "run" else [])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdq_deploy.cli.main", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "FORCE_COLOR": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stderr is not None
+    said = ""
+    while not any(word in said for word in ("denois", "onnxruntime:")):
+        character = process.stderr.read(1)
+        assert character, said
+        said += character
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, said + rest
+    assert "Interrupted." in rest
+    assert "Traceback" not in rest
+    assert not list(tmp_path.glob("*.png"))
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_build_that_is_killed_leaves_the_package_whole(copy: Package, number: signal.Signals) -> None:
+    before = contents(copy.folder)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdq_deploy.cli.main", "build", str(copy.folder), "--engine", "openvino"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(copy.folder.glob("engines/.building-*/job.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)  # to the command alone
+    assert process.wait(timeout=60) == -number
+    while group_lives(process.pid) and time.monotonic() < deadline:  # its builder ends as well
+        time.sleep(0.02)
+    assert not group_lives(process.pid)
+    assert not list(copy.folder.glob("engines/.building-*/result.json"))
+    assert {name: digest for name, digest in contents(copy.folder).items() if ".building-" not in name} == before
+    package = open_package(copy.folder)
+    assert package.manifest == copy.manifest
+    build_engine(package, "openvino")
+    open_package(copy.folder)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,12 @@ def test_a_file_is_no_output_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(SdqError, match="is a file"):
         claim_output(tmp_path / "out", "run")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file system that takes no files, from root neither")
+def test_a_folder_that_cannot_be_written_is_one_sentence() -> None:
+    with pytest.raises(SdqError, match="/sys/run cannot be written: "):
+        claim_output("/sys/run", "run")
 
 
 def test_the_error_crosses_processes() -> None:

@@ -17,23 +17,6 @@ STEPS, GUIDANCE, PROMPT = 5, 4.0, "a red circle"
 NAMES = ["ddim", "pndm", "euler", "euler-ancestral", "dpmpp-2m", "lcm"]
 
 
-def pipeline(kind: str, source: Source, scheduler: Any) -> Any:
-    import diffusers
-
-    pipe = getattr(diffusers, kind)(
-        vae=source.vae,
-        text_encoder=source.text_encoder,
-        tokenizer=source.tokenizer,
-        unet=source.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def ours(source: Source, plan: SamplerPlan, **options: Any) -> Tensor:
     """The compiled sampler around the UNet itself; starting noise and fresh noise from one generator, as diffusers."""
     generator = torch.Generator().manual_seed(7)
@@ -56,7 +39,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_text_to_image_latents(source: Source, name: str) -> None:
     scheduler = make_scheduler(name, source.scheduler.config)
-    wanted = pipeline("StableDiffusionPipeline", source, scheduler)(
+    wanted = source.pipeline(scheduler)(
         PROMPT,
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
@@ -70,7 +53,7 @@ def test_text_to_image_latents(source: Source, name: str) -> None:
 def test_image_to_image_latents(source: Source, name: str) -> None:
     scheduler = make_scheduler(name, source.scheduler.config)
     clean = torch.randn(1, *sd.latent_shape(source), generator=torch.Generator().manual_seed(9))
-    wanted = pipeline("StableDiffusionImg2ImgPipeline", source, scheduler)(
+    wanted = source.pipeline(scheduler, "StableDiffusionImg2ImgPipeline")(
         PROMPT,
         image=clean,
         strength=0.6,

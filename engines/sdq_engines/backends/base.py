@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sdq_engines.errors import SdqError
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from sdq_engines.package.schema import EngineEntry, KernelCounts, ShapeProfile
     from sdq_engines.package.store import Package
 
-__all__ = ["Arrays", "Availability", "Backend", "BuildJob", "BuildResult", "Component", "Session", "Stepper"]
+__all__ = [
+    "Arrays",
+    "Availability",
+    "Backend",
+    "BuildJob",
+    "BuildResult",
+    "Component",
+    "Session",
+    "Stepper",
+    "require_working",
+]
 
 Arrays = dict[str, np.ndarray]
 
@@ -123,3 +135,15 @@ class Backend(Protocol):
             SdqError: built for another version or device than this machine has; with the command that mends it.
         """
         ...
+
+
+def require_working(engine: Backend) -> Availability:
+    """What is here to run the engine.
+
+    Raises:
+        SdqError: it does not work on this machine, and why.
+    """
+    found = engine.available()
+    if not found.works:
+        raise SdqError(f"The engine {engine.name} does not work here: {found.reason}.", found.hint)
+    return found

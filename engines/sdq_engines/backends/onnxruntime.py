@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult
+from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.stepping import HostStepper
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import COMPONENTS, DENOISER
@@ -71,9 +71,7 @@ class OnnxRuntimeBackend:
         return BuildResult(dict.fromkeys(COMPONENTS), ort.__version__, "any CPU", {}, kernels)
 
     def load(self, package: Package, entry: EngineEntry, options: Mapping[str, Any]) -> OnnxRuntimeSession:
-        found = self.available()
-        if not found.works:
-            raise SdqError(f"The engine onnxruntime does not work here: {found.reason}.", found.hint)
+        require_working(self)
         return OnnxRuntimeSession(package, entry, options.get("providers") or [CPU], options.get("threads"))
 
 

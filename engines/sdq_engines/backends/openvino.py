@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult
+from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import COMPONENTS, DENOISER, VAE_DECODER
 
@@ -96,9 +96,7 @@ class OpenVinoBackend:
         return BuildResult(files, ov.get_version(), f"{platform.machine()} CPU", {}, kernels)
 
     def load(self, package: Package, entry: EngineEntry, options: Mapping[str, Any]) -> OpenVinoSession:
-        found = self.available()
-        if not found.works:
-            raise SdqError(f"The engine openvino does not work here: {found.reason}.", found.hint)
+        found = require_working(self)
         rebuild = f"Build it here: sdq-deploy build {package.folder} --engine openvino"
         if entry.version != found.version:
             raise SdqError(

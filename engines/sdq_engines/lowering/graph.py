@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import DTypeLike
 
 from sdq_engines.errors import SdqError
 
@@ -20,6 +21,7 @@ __all__ = [
     "load_graph",
     "quantized_layers",
     "replace_constant",
+    "retype_constant",
 ]
 
 #: Metadata of a quantized operator: its layer's path, and w8a8, w4a8 or w4a16.
@@ -78,6 +80,13 @@ def replace_constant(value: ir.Value, array: np.ndarray) -> None:
     value.const_value = tensor
     value.type = ir.TensorType(tensor.dtype)
     value.shape = ir.Shape(array.shape)
+
+
+def retype_constant(value: ir.Value, dtype: DTypeLike) -> None:
+    """Store an initializer's numbers, which must fit, as another numpy (or ml_dtypes) type."""
+    array = array_of(value)
+    assert array is not None
+    replace_constant(value, array.astype(dtype))
 
 
 def apply(model: ir.Model, passes: list[ir.passes.PassBase]) -> ir.Model:

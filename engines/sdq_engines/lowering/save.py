@@ -17,5 +17,9 @@ def save_graph(model: ir.Model, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    ir.save(model, path, external_data="model.onnx.data" if weights > _INLINE_BYTES else None)
+    if weights > _INLINE_BYTES:
+        ir.save(model, path, external_data="model.onnx.data")
+    else:
+        # Weights of a graph that was read from several files would stay references to a file that is not in `folder`.
+        ir.save(ir.external_data.load_to_model(model), path)
     return path

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from sdq_engines.lowering.graph import array_of, quantized_layers, replace_constant
+from sdq_engines.lowering.graph import quantized_layers, retype_constant
 
 __all__ = ["WidenInt4"]
 
@@ -35,16 +34,13 @@ class WidenInt4(ir.passes.InPlacePass):
             for value in (dequantize.inputs[0], *dequantize.inputs[2:]):  # the integers and the optional zero point
                 if value is None or value.dtype != ir.DataType.INT4:
                     continue
-                integers = array_of(value)
-                assert integers is not None
-                replace_constant(value, integers.astype(np.int8))
+                retype_constant(value, np.int8)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
 
     def ensures(self, model: ir.Model) -> None:
         for layer in quantized_layers(model):
             dequantize = layer.weight_dequantize
-            if layer.precision in self.precisions and dequantize is not None:
-                integers = array_of(dequantize.inputs[0])
-                if integers is not None and integers.dtype == ml_dtypes.int4:
-                    raise ir.passes.PostconditionError(f"{layer.name}: its weight is INT4, INT8 was wanted")
+            integers = dequantize.inputs[0] if dequantize is not None else None
+            if layer.precision in self.precisions and integers is not None and integers.dtype == ir.DataType.INT4:
+                raise ir.passes.PostconditionError(f"{layer.name}: its weight is INT4, INT8 was wanted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 FAMILY = "stable-diffusion"
+
+_TEXT_BATCH = 64
+"""Prompts that go through the text encoder together."""
 
 
 def check_source(source: Source) -> None:
@@ -57,15 +61,21 @@ def pixels_per_latent(source: Source) -> int:
     return int(2 ** (len(source.vae.config.block_out_channels) - 1))
 
 
-def encode_prompts(source: Source, prompts: list[str]) -> Tensor:
-    """Text embeddings as diffusers' pipeline makes them, float32 [len(prompts), L, D]."""
-    tokenizer = source.tokenizer
-    tokens = tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
+def encode_prompts(source: Source, prompts: Sequence[str]) -> Tensor:
+    """Text embeddings as diffusers' pipeline makes them, on the text encoder's device; float32 [n, L, D] on the CPU."""
+    tokenizer, encoder = source.tokenizer, source.text_encoder
+    parts = []
     with torch.no_grad():
-        embeddings: Tensor = source.text_encoder(tokens.input_ids, return_dict=False)[0]
-    return embeddings
+        for first in range(0, len(prompts), _TEXT_BATCH):
+            tokens = tokenizer(
+                list(prompts[first : first + _TEXT_BATCH]),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            parts.append(encoder(tokens.input_ids.to(encoder.device), return_dict=False)[0].float().cpu())
+    return torch.cat(parts)
 
 
 def capture_denoiser(unet: nn.Module, shape: tuple[int, int, int], tokens: int) -> ir.Model:

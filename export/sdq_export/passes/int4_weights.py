@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from sdq_engines.lowering.graph import array_of, quantized_layers, replace_constant
+from sdq_engines.lowering.graph import array_of, quantized_layers, retype_constant
 
 __all__ = ["PackInt4Weights"]
 
@@ -25,9 +25,7 @@ class PackInt4Weights(ir.passes.InPlacePass):
         modified = False
         for value in _four_bit_weights(model):
             if value.dtype != ir.DataType.INT4:
-                integers = array_of(value)
-                assert integers is not None
-                replace_constant(value, integers.astype(ml_dtypes.int4))
+                retype_constant(value, ml_dtypes.int4)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
 

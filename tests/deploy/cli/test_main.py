@@ -93,6 +93,16 @@ def test_control_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None
     assert "Interrupted. Continue with: sdq-deploy train … --resume" in text
 
 
+def test_a_demo_with_an_engine_that_is_none_ends_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main.run(["demo", "--out", str(tmp_path / "demo"), "--engine", "tensorflow"])
+    assert exit_.value.code == 1
+    assert "There is no engine 'tensorflow'" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 @pytest.mark.parametrize("arguments", [["no-such-command"], ["run"], ["train", "--no-such-option"]])
 def test_a_wrong_call_exits_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

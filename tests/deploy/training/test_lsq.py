@@ -9,7 +9,6 @@ from torch import Tensor
 from sdq_deploy.training.lsq import (
     broadcast_scale,
     fake_quantize_lsq,
-    integer_range,
     sample_scale,
     step_gradient_scale,
 )
@@ -18,7 +17,7 @@ from sdq_export.reference import fake_quantize
 
 def by_hand(x: Tensor, scale: Tensor, grad: Tensor, bits: int, factor: float) -> tuple[Tensor, Tensor]:
     """Gradients of x and scale, element by element, as equations 2 and 3 of LSQ say."""
-    q_n, q_p = integer_range(bits)
+    q_n, q_p = 2 ** (bits - 1), 2 ** (bits - 1) - 1
     ratio = x / scale
     grad_x = torch.where((ratio > -q_n) & (ratio < q_p), grad, torch.zeros_like(grad))
     slope = torch.where(ratio <= -q_n, -float(q_n), torch.where(ratio >= q_p, float(q_p), ratio.round() - ratio))

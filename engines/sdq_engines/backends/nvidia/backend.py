@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdq_engines.backends.base import Availability, BuildJob, BuildResult
+from sdq_engines.backends.base import Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.nvidia import cuda
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import DENOISER
@@ -92,9 +92,7 @@ class NvidiaBackend:
         return build_plans(job, self.library, self.lowering)
 
     def load(self, package: Package, entry: EngineEntry, options: Mapping[str, Any]) -> NvidiaSession:
-        found = self.available()
-        if not found.works:
-            raise SdqError(f"The engine {self.name} does not work here: {found.reason}.", found.hint)
+        require_working(self)
         trt = importlib.import_module(self.library.module)
         rebuild = f"Build it here: sdq-deploy build {package.folder} --engine {self.name}"
         if trt.__version__ != entry.version:
