@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from sdq_deploy.evaluation.candidates import Candidate
 from sdq_deploy.evaluation.catalogue import FRECHET_METRICS, IMAGE_METRICS
-from sdq_deploy.evaluation.generation import Generation, make_images
+from sdq_deploy.evaluation.generation import Generation, ImageWorkers
 from sdq_deploy.evaluation.metrics import PSNR_CAP
 from sdq_deploy.evaluation.prompts import PromptSet
 from sdq_deploy.evaluation.results import (
@@ -125,8 +125,9 @@ def run_evaluation(
     prompts = settings.prompts
     shards = shards_of(prompts.prompts, prompts.seeds, settings.batch_size, settings.traced)
     measured = _Measured()
-    for candidate in (settings.reference, *settings.candidates):
-        _make(settings, candidate, shards, progress)
+    with ImageWorkers(settings.processes) as workers:
+        for candidate in (settings.reference, *settings.candidates):
+            _make(settings, workers, candidate, shards, progress)
     for candidate in (settings.reference, *settings.candidates):
         measured.scores[candidate.name] = _score(settings, candidate, scorers, progress)
         if candidate is not settings.reference:
@@ -153,11 +154,17 @@ def run_evaluation(
     return results.model_copy(update={"seconds": seconds}), measured.scores
 
 
-def _make(settings: EvaluationSettings, candidate: Candidate, shards: Sequence[Shard], progress: Progress) -> None:
+def _make(
+    settings: EvaluationSettings,
+    workers: ImageWorkers,
+    candidate: Candidate,
+    shards: Sequence[Shard],
+    progress: Progress,
+) -> None:
     reference = None if candidate is settings.reference else settings.reference
     generation = Generation(settings.images, candidate, reference, settings.sampler, settings.device)
     task = progress.add_task(f"images, {candidate.name}", total=len(settings.prompts))
-    make_images(generation, shards, settings.processes, lambda count: progress.advance(task, count))
+    workers.make(generation, shards, lambda count: progress.advance(task, count))
 
 
 def _score(settings: EvaluationSettings, candidate: Candidate, scorers: Scorers, progress: Progress) -> Scores:
