@@ -12,7 +12,7 @@ __all__ = ["COLOURS", "Series", "line_plot"]
 #: Okabe and Ito's, told apart by colour-blind readers, on light and dark paper.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 
-_WIDTH, _HEIGHT = 640, 320
+_WIDTH, _HEIGHT = 460, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 44
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from sdq_deploy.evaluation.cases import choose_cases, describe_cases
 from sdq_deploy.evaluation.evaluate import EvaluationSettings
 from sdq_deploy.evaluation.plots import Series, line_plot
-from sdq_deploy.evaluation.results import EvaluationResults
+from sdq_deploy.evaluation.results import Comparison, EvaluationResults
 from sdq_deploy.evaluation.scoring import Scores
 from sdq_deploy.evaluation.tables import difference, figures_shown, interval, metric_of, value
 from sdq_deploy.pages.render import render_page
@@ -37,6 +37,8 @@ def write_page(settings: EvaluationSettings, results: EvaluationResults, scores:
         "results": results,
         "names": names,
         "figures": shown,
+        "compared": [name for name in shown if any(found.figure == name for found in results.comparisons)],
+        "pairs": _pairs(results),
         "error_plot": Markup(_error_plot(results)),
         "psnr_plot": Markup(_psnr_plot(psnr)),
         "cases": Markup(_script_json(cases)),
@@ -47,6 +49,14 @@ def write_page(settings: EvaluationSettings, results: EvaluationResults, scores:
     page = render_page("sdq_deploy.evaluation", "report.html.j2", context, filters)
     atomic_write_text(settings.out / "report.html", page)
     return settings.out / "report.html"
+
+
+def _pairs(results: EvaluationResults) -> dict[tuple[str, str], dict[str, Comparison]]:
+    """(first, second) -> figure -> difference: a row of the table each."""
+    rows: dict[tuple[str, str], dict[str, Comparison]] = {}
+    for found in results.comparisons:
+        rows.setdefault((found.first, found.second), {})[found.figure] = found
+    return rows
 
 
 def _worst(figure: Any, name: str) -> str:
