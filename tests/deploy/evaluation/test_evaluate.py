@@ -218,3 +218,35 @@ def test_a_folder_of_something_else_is_not_written_into(
     assert run_evaluate(checkpoint, "--prompts", write_prompts(tmp_path), "--out", out) == 1
     assert "was not made by sdq-deploy as an evaluation" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["photo.txt"]
+
+
+def test_the_page_needs_nothing_beside_it_and_takes_any_prompt(checkpoint: Path, tmp_path: Path) -> None:
+    out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    nasty = 'a </script><b>red</b> "circle" & more'
+    prompts.write_text(f"{nasty}\na blue ring\n", encoding="utf-8")
+    assert run_evaluate(f"w8a8={checkpoint}", "--prompts", prompts, "--out", out, "--num-images", 10) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in page
+    assert "https://" not in page
+    data = page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    cases = json.loads(data)
+    assert [case["number"] for case in cases] == list(range(10))
+    assert cases[0]["prompt"] == nasty
+    assert [image["name"] for image in cases[0]["images"]] == ["FP", "w8a8"]
+    assert all(image["source"].startswith("data:image/png;base64,") for image in cases[0]["images"])
+    assert page.count("<svg") == 2
+    figure = results_in(out).candidates[0].figures["psnr"]
+    assert f"{figure.value:.2f} dB" in page
+
+
+def test_real_images_are_compared_by_their_features(checkpoint: Path, tmp_path: Path) -> None:
+    """With the reference's own images for real ones: its distance is 0, a candidate's the one to the reference."""
+    out, real = tmp_path / "out", tmp_path / "real"
+    options = [checkpoint, "--split", "validation", "--num-images", 4, "--out", out]
+    assert run_evaluate(*options) == 0
+    shutil.copytree(out / "images" / "FP", real)
+    assert run_evaluate(*options, "--real", real) == 0
+    found = results_in(out)
+    assert found.reference.figures["feature_fid_real"].value == pytest.approx(0, abs=1e-6)
+    figures = found.candidates[0].figures
+    assert figures["feature_fid_real"].value == pytest.approx(figures["feature_fid"].value, rel=1e-6)
