@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -173,6 +174,8 @@ def _start_worker(threads: int, ranks: Any) -> None:
     with ranks.get_lock():
         rank, ranks.value = ranks.value, ranks.value + 1
     torch.set_num_threads(threads)
+    # Ctrl-C reaches every process of the terminal; the main one has the words for it. A shard under way is made again.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     quiet_libraries()
     _worker = _Worker(threads, rank)
 

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +124,31 @@ def test_killed_and_run_again_it_goes_on(checkpoint: Path, tmp_path: Path) -> No
     assert len(before) < 40
     assert results_in(out).prompts.count == 40
     assert not list(out.rglob("*.tmp")) or len(list(out.rglob("*.tmp"))) == 1  # the file under way when it was killed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process group")
+def test_control_c_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
+    """With two processes: no traceback of any of them."""
+    out, prompts = tmp_path / "out", write_prompts(tmp_path, 200)
+    arguments = [str(checkpoint), "--prompts", str(prompts), "--out", str(out), "--batch-size", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "export", "engines"))}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "sdq_deploy.cli.main", "evaluate", *arguments, "--processes", "2"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while not list((out / "images").rglob("shard-*.json")):
+        if child.poll() is not None:
+            pytest.fail(child.communicate()[0])
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGINT)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == 130, said
+    assert "Run the same command again: finished images are kept." in said
+    assert "Traceback" not in said
 
 
 def test_limits_set_the_exit_code(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
