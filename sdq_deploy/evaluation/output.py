@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdq_deploy.evaluation.catalogue import IMAGE_METRICS
-from sdq_deploy.evaluation.evaluate import EvaluationSettings
 from sdq_deploy.evaluation.prompts import PromptSet
 from sdq_deploy.evaluation.report import write_page
 from sdq_deploy.evaluation.results import EvaluationResults
 from sdq_deploy.evaluation.scoring import Scores
+from sdq_deploy.evaluation.settings import EvaluationSettings
 from sdq_engines.files import atomic_write_json, atomic_write_text, claim_output
 
 __all__ = ["claim", "write_results"]

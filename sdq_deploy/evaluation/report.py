@@ -11,10 +11,10 @@ import numpy as np
 from markupsafe import Markup
 
 from sdq_deploy.evaluation.cases import choose_cases, describe_cases
-from sdq_deploy.evaluation.evaluate import EvaluationSettings
 from sdq_deploy.evaluation.plots import Series, line_plot
 from sdq_deploy.evaluation.results import Comparison, EvaluationResults
 from sdq_deploy.evaluation.scoring import Scores
+from sdq_deploy.evaluation.settings import EvaluationSettings
 from sdq_deploy.evaluation.tables import difference, figures_shown, interval, metric_of, value
 from sdq_deploy.pages.render import render_page
 from sdq_engines.files import atomic_write_text
