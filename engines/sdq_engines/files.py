@@ -107,8 +107,9 @@ def claim_output(folder: str | Path, kind: FolderKind) -> Path:
     if path.exists() and not path.is_dir():
         raise SdqError(f"The output {path} is a file, a folder is wanted.", "Give another --out.")
     if path.is_dir() and any(path.iterdir()) and folder_kind(path) != kind:
+        article = "an" if kind[0] in "aeiou" else "a"
         raise SdqError(
-            f"The output folder {path} exists and was not made by sdq-deploy as a {kind}; nothing was written.",
+            f"The output folder {path} exists and was not made by sdq-deploy as {article} {kind}; nothing was written.",
             "Give a new folder with --out, or empty this one yourself.",
         )
     make_writable(path)

@@ -96,12 +96,14 @@ def evaluate(
     In CI: sdq-deploy evaluate package --fail-below psnr=30,ssim=0.95
     """
     require_extra("train", "torch", "diffusers", "transformers", "torchmetrics", "jinja2")
-    from sdq_deploy.cli.export import quiet_libraries
-    from sdq_deploy.evaluation.candidates import agree_on_sampler, find_reference, open_candidates
-    from sdq_deploy.evaluation.evaluate import EvaluationSettings, run_evaluation, scorers_of
+    from sdq_deploy.evaluation.candidates import find_reference, open_candidates
+    from sdq_deploy.evaluation.evaluate import run_evaluation, scorers_of
     from sdq_deploy.evaluation.gates import check_measured, failures, parse_limits
     from sdq_deploy.evaluation.manifest import write_manifests
     from sdq_deploy.evaluation.output import claim, write_results
+    from sdq_deploy.evaluation.sampling import agree_on_sampler
+    from sdq_deploy.evaluation.settings import EvaluationSettings
+    from sdq_deploy.libraries import quiet_libraries
 
     limits = parse_limits(fail_below)
     quiet_libraries()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sdq_export.source import Source
     from sdq_export.writer import ExportResult, OnStage
 
-__all__ = ["quiet_libraries", "register"]
+__all__ = ["register"]
 
 _DEFAULT_STEPS, _DEFAULT_GUIDANCE = 50, 7.5
 """diffusers' own, for a MODEL exported without saying otherwise."""
@@ -85,6 +85,8 @@ def export(
         check_engine_name(name)
     engines = list(dict.fromkeys(choose_engine(name) for name in engine or []))
     require_extra("train", "torch", "diffusers", "transformers", "onnxscript", "onnxruntime")
+    from sdq_deploy.libraries import quiet_libraries
+
     quiet_libraries()
 
     job = (
@@ -272,13 +274,3 @@ def _finish(package: Package, json: bool) -> None:
     console.print(
         f"{package.folder}  {package.manifest.precision}, {size / 1e6:.1f} MB, engines: {engines}", soft_wrap=True
     )
-
-
-def quiet_libraries() -> None:
-    """Loading bars of the model libraries would tear our own display."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 from rich.table import Table
 
+from sdq_deploy.pages.render import file_uri, render_page
 from sdq_engines.files import atomic_write_text
 
 __all__ = [
@@ -143,23 +143,11 @@ def engine_table(report: DemoReport) -> Table:
     return table
 
 
-def _embedded(folder: Path, picture: Picture) -> str:
-    data = base64.b64encode((folder / picture.file).read_bytes()).decode("ascii")
-    return f"data:image/png;base64,{data}"
-
-
 def write_report(report: DemoReport, folder: Path) -> Path:
     """Write report.json and report.html, whose pictures are inside it; return the page's path."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     filters: dict[str, Any] = {"number": _number, "megabytes": _megabytes, "percent": _percent, "kernels": _kernels}
-    environment = Environment(
-        loader=PackageLoader("sdq_deploy.demo", "templates"), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters |= filters
-    page = environment.get_template("report.html.j2").render(
-        report=report, sources=[_embedded(folder, picture) for picture in report.pictures]
-    )
+    sources = [file_uri(folder / picture.file) for picture in report.pictures]
+    page = render_page("sdq_deploy.demo", "report.html.j2", {"report": report, "sources": sources}, filters)
     atomic_write_text(folder / "report.json", report.model_dump_json(indent=2))
     atomic_write_text(folder / "report.html", page)
     return folder / "report.html"

@@ -1,91 +1,24 @@
-"""One evaluation from candidates to results: make what images are missing, score them, say how sure the figures are."""
+"""One evaluation from candidates to results: make what images are missing, score them, sum up."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sdq_deploy.evaluation.candidates import Candidate
-from sdq_deploy.evaluation.catalogue import FRECHET_METRICS, IMAGE_METRICS
-from sdq_deploy.evaluation.generation import Generation, make_images
-from sdq_deploy.evaluation.metrics import PSNR_CAP
-from sdq_deploy.evaluation.prompts import PromptSet
-from sdq_deploy.evaluation.results import (
-    CandidateResult,
-    Comparison,
-    EvaluationResults,
-    Figure,
-    PromptInfo,
-    SamplerUsed,
-    StepError,
-)
+from sdq_deploy.evaluation.generation import Generation, ImageWorkers
+from sdq_deploy.evaluation.results import EvaluationResults
 from sdq_deploy.evaluation.scorers import Scorers, choose_scorers
 from sdq_deploy.evaluation.scoring import Scores, score
-from sdq_deploy.evaluation.statistics import CONFIDENCE, Interval, frechet_distance, frechet_interval, mean_interval
-from sdq_deploy.evaluation.store import ImageStore, Shard, shards_of
-from sdq_export.checkpoint import SamplerSettings
+from sdq_deploy.evaluation.settings import EvaluationSettings
+from sdq_deploy.evaluation.store import Shard, shards_of
+from sdq_deploy.evaluation.summary import Measured, summarize
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["EvaluationSettings", "run_evaluation", "scorers_of"]
-
-_TOOLS = ("sdq-deploy", "torch", "diffusers", "torchmetrics", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt")
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """One `sdq-deploy evaluate`, resolved.
-
-    Attributes:
-        out: the claimed output folder.
-        candidates, reference, sampler: what is compared, with what, and how images are made.
-        prompts: what is drawn.
-        real: a folder of real images for the Fréchet distances; None for none.
-        lpips, inception, clip: local weights of the metrics that need them; None skips the metric.
-        batch_size: images made, and scored, together.
-        processes: that make images at once.
-        traced: images whose latents are compared at every step.
-        device: of torch.
-    """
-
-    out: Path
-    candidates: tuple[Candidate, ...]
-    reference: Candidate
-    sampler: SamplerSettings
-    prompts: PromptSet
-    real: Path | None = None
-    lpips: Path | None = None
-    inception: Path | None = None
-    clip: Path | None = None
-    batch_size: int = 8
-    processes: int = 1
-    traced: int = 256
-    device: str = "cpu"
-
-    @property
-    def images(self) -> Path:
-        """Where the images go."""
-        return self.out / "images"
-
-    def store(self, candidate: Candidate) -> ImageStore:
-        """A candidate's images."""
-        return ImageStore(self.images, candidate.name)
-
-
-@dataclass
-class _Measured:
-    """What is known of each candidate, by name; the reference's under its own."""
-
-    scores: dict[str, Scores] = field(default_factory=dict)
-    errors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+__all__ = ["run_evaluation", "scorers_of"]
 
 
 def scorers_of(settings: EvaluationSettings) -> Scorers:
@@ -122,42 +55,32 @@ def run_evaluation(
         SdqError: a candidate does not load or run.
     """
     started = time.perf_counter()
-    prompts = settings.prompts
+    prompts, everyone = settings.prompts, (settings.reference, *settings.candidates)
     shards = shards_of(prompts.prompts, prompts.seeds, settings.batch_size, settings.traced)
-    measured = _Measured()
-    for candidate in (settings.reference, *settings.candidates):
-        _make(settings, candidate, shards, progress)
-    for candidate in (settings.reference, *settings.candidates):
+    with ImageWorkers(settings.processes) as workers:
+        for candidate in everyone:
+            _make(settings, workers, candidate, shards, progress)
+    measured = Measured()
+    for candidate in everyone:
         measured.scores[candidate.name] = _score(settings, candidate, scorers, progress)
         if candidate is not settings.reference:
             measured.errors[candidate.name] = settings.store(candidate).read_errors(shards)
-    results = EvaluationResults(
-        prompts=PromptInfo(
-            title=prompts.title, count=len(prompts), sha256=prompts.sha256, traced=min(settings.traced, len(prompts))
-        ),
-        sampler=SamplerUsed(
-            scheduler=settings.sampler.scheduler,
-            num_inference_steps=settings.sampler.num_inference_steps,
-            guidance_scale=settings.sampler.guidance_scale,
-        ),
-        reference=_result(settings, settings.reference, measured, scorers, progress),
-        candidates=[_result(settings, candidate, measured, scorers, progress) for candidate in settings.candidates],
-        comparisons=_comparisons(settings, measured),
-        skipped=scorers.skipped,
-        notes=_notes(settings, scorers),
-        confidence=CONFIDENCE,
-        seconds=0.0,
-        tools=_tools(),
-    )
+    results = summarize(settings, measured, scorers, progress)
     seconds = round(time.perf_counter() - started, 1)
     return results.model_copy(update={"seconds": seconds}), measured.scores
 
 
-def _make(settings: EvaluationSettings, candidate: Candidate, shards: Sequence[Shard], progress: Progress) -> None:
+def _make(
+    settings: EvaluationSettings,
+    workers: ImageWorkers,
+    candidate: Candidate,
+    shards: Sequence[Shard],
+    progress: Progress,
+) -> None:
     reference = None if candidate is settings.reference else settings.reference
     generation = Generation(settings.images, candidate, reference, settings.sampler, settings.device)
     task = progress.add_task(f"images, {candidate.name}", total=len(settings.prompts))
-    make_images(generation, shards, settings.processes, lambda count: progress.advance(task, count))
+    workers.make(generation, shards, lambda count: progress.advance(task, count))
 
 
 def _score(settings: EvaluationSettings, candidate: Candidate, scorers: Scorers, progress: Progress) -> Scores:
@@ -171,127 +94,3 @@ def _score(settings: EvaluationSettings, candidate: Candidate, scorers: Scorers,
         settings.batch_size,
         lambda count: progress.advance(task, count),
     )
-
-
-def _result(
-    settings: EvaluationSettings, candidate: Candidate, measured: _Measured, scorers: Scorers, progress: Progress
-) -> CandidateResult:
-    scores = measured.scores[candidate.name]
-    figures = {name: _figure(name, values) for name, values in scores.values.items()}
-    is_reference = candidate is settings.reference
-    for space in scorers.spaces:
-        if not is_reference:
-            figures[space.name] = _frechet(settings, candidate, measured, space.name, progress)
-        if space.name in scorers.real:
-            distance = frechet_distance(scores.moments[space.name], scorers.real[space.name])
-            figures[f"{space.name}_real"] = Figure(value=distance)
-    order = [name for name in (*IMAGE_METRICS, *FRECHET_METRICS) if name in figures]
-    psnr = scores.values.get("psnr")
-    return CandidateResult(
-        name=candidate.name,
-        kind=candidate.kind,
-        path=candidate.path,
-        images_by=candidate.images_by,
-        precision=candidate.precision,
-        num_bytes=candidate.num_bytes,
-        identity=candidate.identity,
-        figures={name: figures[name] for name in order},
-        identical=None if psnr is None else float((psnr >= PSNR_CAP).mean()),
-        latent_errors=[] if is_reference else _step_errors(measured.errors[candidate.name]),
-    )
-
-
-def _figure(name: str, values: NDArray[np.float64]) -> Figure:
-    interval = mean_interval(values)
-    metric = IMAGE_METRICS[name]
-    if metric.percent:
-        return Figure(value=interval.value, low=interval.low, high=interval.high)
-    worst = values.min() if metric.higher_is_better else values.max()
-    return Figure(
-        value=interval.value,
-        low=interval.low,
-        high=interval.high,
-        worst=float(worst),
-        median=float(np.median(values)),
-    )
-
-
-def _frechet(
-    settings: EvaluationSettings, candidate: Candidate, measured: _Measured, space: str, progress: Progress
-) -> Figure:
-    """With an interval where features were kept; otherwise it would take all features of all images in memory."""
-    own, wanted = measured.scores[candidate.name], measured.scores[settings.reference.name]
-    if space not in own.features:
-        return Figure(value=frechet_distance(own.moments[space], wanted.moments[space]))
-    task = progress.add_task(f"{FRECHET_METRICS[space].title}, {candidate.name}", total=None)
-    found = frechet_interval(own.features[space], wanted.features[space], on_resample=lambda: progress.advance(task))
-    progress.update(task, total=progress.tasks[task].completed)
-    return Figure(value=found.value, low=found.low, high=found.high)
-
-
-def _step_errors(errors: NDArray[np.float64]) -> list[StepError]:
-    if len(errors) == 0:
-        return []
-    intervals: list[Interval] = [mean_interval(errors[:, step]) for step in range(errors.shape[1])]
-    return [
-        StepError(step=step, value=found.value, low=found.low, high=found.high) for step, found in enumerate(intervals)
-    ]
-
-
-def _comparisons(settings: EvaluationSettings, measured: _Measured) -> list[Comparison]:
-    """Every candidate against the reference where both have the figure, and every two candidates."""
-    names = [candidate.name for candidate in settings.candidates]
-    pairs = [(name, settings.reference.name) for name in names]
-    pairs += [(first, second) for i, first in enumerate(names) for second in names[i + 1 :]]
-    found = []
-    for first, second in pairs:
-        a, b = measured.scores[first].values, measured.scores[second].values
-        for figure in IMAGE_METRICS:
-            if figure in a and figure in b:
-                interval = mean_interval(a[figure] - b[figure])
-                found.append(
-                    Comparison(
-                        figure=figure,
-                        first=first,
-                        second=second,
-                        value=interval.value,
-                        low=interval.low,
-                        high=interval.high,
-                    )
-                )
-    return found
-
-
-def _notes(settings: EvaluationSettings, scorers: Scorers) -> list[str]:
-    notes = []
-    count = len(settings.prompts)
-    for space in scorers.spaces:
-        if count < space.dimensions:
-            notes.append(
-                f"{FRECHET_METRICS[space.name].title} is biased upwards with fewer images ({count}) than features "
-                f"({space.dimensions}): compare it only at the same number of images, best 2,048 or more."
-            )
-        if not space.kept:
-            notes.append(f"{FRECHET_METRICS[space.name].title} has no interval: its features are not kept in memory.")
-    if scorers.real:
-        notes.append("Fréchet distances to real images have no interval: real images are not paired with prompts.")
-    others = [
-        candidate.name
-        for candidate in settings.candidates
-        if candidate.source.sha256 != settings.reference.source.sha256
-    ]
-    if others:
-        notes.append(
-            f"{', '.join(others)}: made from another model than the reference, so the figures hold both differences."
-        )
-    return notes
-
-
-def _tools() -> dict[str, str]:
-    found = {}
-    for tool in _TOOLS:
-        try:
-            found[tool] = version(tool)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from sdq_deploy.evaluation.candidates import Candidate
 from sdq_deploy.evaluation.makers import ImageBatch, Maker, load_maker
 from sdq_deploy.evaluation.store import ImageStore, Shard
+from sdq_deploy.libraries import quiet_libraries
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import SamplerSettings
 
-__all__ = ["Generation", "latent_errors", "make_images"]
+__all__ = ["Generation", "ImageWorkers", "latent_errors"]
 
 OnImages = Callable[[int], Any]
 
@@ -87,30 +89,62 @@ def latent_errors(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> ND
     return errors
 
 
-def make_images(generation: Generation, shards: Sequence[Shard], processes: int, on_images: OnImages) -> int:
-    """Make the shards that are missing.
+class ImageWorkers:
+    """What makes images: this process, or several that stay for all candidates, for they take long to start.
 
     Args:
-        generation: of one candidate; the reference's own must be finished before.
-        shards: all of the evaluation.
-        processes: how many work at once; 1 works in this one.
-        on_images: hears how many images are now there, those that were there before at once.
-
-    Returns:
-        How many images had to be made.
-
-    Raises:
-        SdqError: the candidate cannot be loaded, or a worker died.
+        processes: how many work at once; 1 is this one alone.
     """
-    missing = generation.missing(shards)
-    wanted = sum(len(shard.prompts) for shard in missing)
-    on_images(sum(len(shard.prompts) for shard in shards) - wanted)
-    finished = (
-        _here(generation, missing) if processes == 1 or len(missing) < 2 else _beside(generation, missing, processes)
-    )
-    for shard in finished:
-        on_images(len(shard.prompts))
-    return wanted
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> ImageWorkers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def make(self, generation: Generation, shards: Sequence[Shard], on_images: OnImages) -> int:
+        """Make the shards that are missing.
+
+        Args:
+            generation: of one candidate; the reference's own must be finished before.
+            shards: all of the evaluation.
+            on_images: hears how many images are now there, those that were there before at once.
+
+        Returns:
+            How many images had to be made.
+
+        Raises:
+            SdqError: the candidate cannot be loaded, or a worker died.
+        """
+        missing = generation.missing(shards)
+        wanted = sum(len(shard.prompts) for shard in missing)
+        on_images(sum(len(shard.prompts) for shard in shards) - wanted)
+        alone = self.processes == 1 or len(missing) < 2
+        for shard in _here(generation, missing) if alone else self._beside(generation, missing):
+            on_images(len(shard.prompts))
+        return wanted
+
+    def _beside(self, generation: Generation, shards: Sequence[Shard]) -> Iterator[Shard]:
+        if self._pool is None:
+            # spawn: a fork would copy torch's and the engines' threads in whatever state they are.
+            context = multiprocessing.get_context("spawn")
+            threads = max(1, (os.cpu_count() or 1) // self.processes)
+            self._pool = ProcessPoolExecutor(
+                self.processes, context, initializer=_start_worker, initargs=(threads, context.Value("i", 0))
+            )
+        try:
+            for future in as_completed([self._pool.submit(_work, generation, shard) for shard in shards]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise SdqError(
+                f"A process that made images of {generation.candidate.name} died, perhaps for want of memory.",
+                "Run it again with fewer --processes; the finished images are kept.",
+            ) from error
 
 
 def _here(generation: Generation, shards: Sequence[Shard]) -> Iterator[Shard]:
@@ -122,51 +156,38 @@ def _here(generation: Generation, shards: Sequence[Shard]) -> Iterator[Shard]:
         yield shard
 
 
-def _beside(generation: Generation, shards: Sequence[Shard], processes: int) -> Iterator[Shard]:
-    count = min(processes, len(shards))
-    threads = max(1, (os.cpu_count() or 1) // count)
-    # spawn: a fork would copy torch's and the engines' threads in whatever state they are.
-    context = multiprocessing.get_context("spawn")
-    ranks = context.Value("i", 0)
-    pool = ProcessPoolExecutor(count, context, initializer=_start_worker, initargs=(generation, threads, ranks))
-    try:
-        for future in as_completed([pool.submit(_work, shard) for shard in shards]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise SdqError(
-            f"A process that made images of {generation.candidate.name} died, perhaps for want of memory.",
-            "Run it again with fewer --processes; the finished images are kept.",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 @dataclass
 class _Worker:
-    generation: Generation
+    """A worker process's own state; it holds the maker of one candidate at a time."""
+
     threads: int
     rank: int
+    candidate: str = ""
     maker: Maker | None = None
 
 
 _worker: _Worker | None = None
 
 
-def _start_worker(generation: Generation, threads: int, ranks: Any) -> None:
+def _start_worker(threads: int, ranks: Any) -> None:
     global _worker
     with ranks.get_lock():
         rank, ranks.value = ranks.value, ranks.value + 1
     torch.set_num_threads(threads)
-    _worker = _Worker(generation, threads, rank)
+    # Ctrl-C reaches every process of the terminal; the main one has the words for it. A shard under way is made again.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    quiet_libraries()
+    _worker = _Worker(threads, rank)
 
 
-def _work(shard: Shard) -> Shard:
+def _work(generation: Generation, shard: Shard) -> Shard:
     assert _worker is not None
-    generation = _worker.generation
-    if _worker.maker is None:  # not in the initializer, whose errors a pool does not tell
+    if _worker.maker is None or _worker.candidate != generation.candidate.name:
         device = generation.device
         if device == "cuda":
             device = f"cuda:{_worker.rank % torch.cuda.device_count()}"
+        _worker.maker = None  # frees the one before
         _worker.maker = load_maker(generation.candidate, generation.sampler, device, _worker.threads)
+        _worker.candidate = generation.candidate.name
     generation.make(_worker.maker, shard)
     return shard

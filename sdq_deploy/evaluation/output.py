@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdq_deploy.evaluation.catalogue import IMAGE_METRICS
-from sdq_deploy.evaluation.evaluate import EvaluationSettings
 from sdq_deploy.evaluation.prompts import PromptSet
+from sdq_deploy.evaluation.report import write_page
 from sdq_deploy.evaluation.results import EvaluationResults
 from sdq_deploy.evaluation.scoring import Scores
+from sdq_deploy.evaluation.settings import EvaluationSettings
 from sdq_engines.files import atomic_write_json, atomic_write_text, claim_output
 
 __all__ = ["claim", "write_results"]
@@ -39,7 +40,7 @@ def write_results(settings: EvaluationSettings, results: EvaluationResults, scor
     """Write everything but the images; return the page's path."""
     atomic_write_text(settings.out / "per-image.csv", _per_image(settings.prompts, scores))
     atomic_write_text(settings.out / "results.json", results.model_dump_json(indent=2) + "\n")
-    return settings.out / "results.json"
+    return write_page(settings, results, scores)
 
 
 def _per_image(prompts: PromptSet, scores: Mapping[str, Scores]) -> str:

@@ -65,6 +65,7 @@ def choose_scorers(
     """
     chosen = Scorers(against=[fidelity_scorer()])
     _add_classifier(chosen, prompts, image_size)
+    _add_given(chosen, prompts, lpips, inception, clip, device)
     if real is not None:
         _measure_real(chosen, real, image_size)
     return chosen
@@ -78,6 +79,26 @@ def _add_classifier(chosen: Scorers, prompts: PromptSet, image_size: tuple[int, 
         return
     chosen.own.append(caption_scorer(prompts, prompts.contents))
     chosen.spaces.append(classifier_space())
+
+
+def _add_given(
+    chosen: Scorers, prompts: PromptSet, lpips: Path | None, inception: Path | None, clip: Path | None, device: str
+) -> None:
+    """Those whose weights are not ours to ship."""
+    from sdq_deploy.evaluation.perceptual import clip_scorer, inception_space, lpips_scorer
+
+    if lpips is not None:
+        chosen.against.append(lpips_scorer(lpips, device))
+    else:
+        chosen.skipped.append("LPIPS was skipped: give AlexNet's weights with --lpips FILE.")
+    if inception is not None:
+        chosen.spaces.append(inception_space(inception, device))
+    else:
+        chosen.skipped.append("FID was skipped: give Inception's weights with --inception FILE.")
+    if clip is not None:
+        chosen.own.append(clip_scorer(clip, prompts.prompts, device))
+    else:
+        chosen.skipped.append("The CLIP score was skipped: give a CLIP model with --clip FOLDER.")
 
 
 def _measure_real(chosen: Scorers, folder: Path, image_size: tuple[int, int]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sdq_engines.errors import SdqError
+from sdq_export.checkpoint import SamplerSettings
 from sdq_export.sampler import SCHEDULER_NAMES, SamplerPlan, compile_sampler, make_scheduler, run_sampler
 
 SD_CONFIG = {
@@ -180,6 +181,17 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 def test_the_sources_own_scheduler_is_the_default() -> None:
     assert type(make_scheduler(None, SD_CONFIG)).__name__ == "PNDMScheduler"
+
+
+@pytest.mark.parametrize("name", SCHEDULER_NAMES)
+def test_a_recorded_configuration_makes_the_same_sampler(name: str) -> None:
+    """As a checkpoint's quant.json and a package's manifest record it."""
+    plan = compile_sampler(make_scheduler(name, SD_CONFIG), 3)
+    settings = SamplerSettings(scheduler=plan.scheduler, config=plan.config, num_inference_steps=3, guidance_scale=4.0)
+    read = SamplerSettings.model_validate_json(settings.model_dump_json())
+    again = compile_sampler(getattr(diffusers, read.scheduler).from_config(read.config), read.num_inference_steps)
+    assert np.array_equal(again.coefficients, plan.coefficients)
+    assert np.array_equal(again.timesteps, plan.timesteps)
 
 
 def test_on_step_sees_every_model_call() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,15 @@ def _hint(scheduler: Any) -> str:
 
 
 def _plain_config(scheduler: Any) -> dict[str, Any]:
-    """The configuration as JSON gives it back: what is saved and loaded compares equal."""
-    config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    """The configuration as JSON gives it back: what is saved and loaded compares equal.
+
+    JSON has no infinity (DPM++'s lambda_min_clipped is -inf, and came back as null, which diffusers refuses), and
+    infinities are diffusers' defaults, so they are left out.
+    """
+    config = {
+        key: value
+        for key, value in scheduler.config.items()
+        if not key.startswith("_") and not (isinstance(value, float) and math.isinf(value))
+    }
     plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return plain

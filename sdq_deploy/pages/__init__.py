@@ -1,0 +1,1 @@
+"""Pages that need nothing beside them: one look for all reports."""
