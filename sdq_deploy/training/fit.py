@@ -33,7 +33,7 @@ from sdq_deploy.training.trajectory import trajectory_snr
 from sdq_engines.files import atomic_write
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["FitPlan", "Fitting", "Schedule", "fit", "full_training", "learning_rate_factor"]
+__all__ = ["RESUME", "FitPlan", "Fitting", "Schedule", "fit", "full_training", "learning_rate_factor"]
 
 RESUME = "resume.pt"
 Schedule = Literal["cosine", "linear"]

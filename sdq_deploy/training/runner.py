@@ -18,6 +18,7 @@ from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.fit import fit
 from sdq_deploy.training.methods.efficientdm import adapter_training, shared_fit
 from sdq_deploy.training.methods.ptq import ptq
+from sdq_deploy.training.methods.reconstruction import reconstruct
 from sdq_deploy.training.precompute import precompute
 from sdq_deploy.training.save import save
 from sdq_deploy.training.sensitivity import sensitivity
@@ -78,6 +79,11 @@ def _ptq_inputs(context: TrainingContext) -> Any:
     return [context.recipe.method, context.recipe.ptq.model_dump(mode="json")]
 
 
+def _reconstruction_inputs(context: TrainingContext) -> Any:
+    settings = context.recipe.reconstruction.model_dump(mode="json", exclude={"checkpoint_every"})
+    return [context.recipe.method, settings, context.seed]
+
+
 _COLLECT = Stage("collect", collect, _collect_inputs, everywhere=True)
 _PRECOMPUTE = Stage("precompute", lambda context, _: precompute(context), lambda _: None, ("collect",))
 _CALIBRATE = Stage("calibrate", lambda context, _: calibrate(context), _calibrate_inputs, ("collect",))
@@ -101,6 +107,13 @@ STAGES: dict[Method, tuple[Stage, ...]] = {
         _SAVE,
     ),
     "ptq": (_COLLECT, _PRECOMPUTE, _CALIBRATE, Stage("fit", ptq, _ptq_inputs, _DATA), _SAVE),
+    "ptq-reconstruction": (
+        _COLLECT,
+        _PRECOMPUTE,
+        _CALIBRATE,
+        Stage("fit", reconstruct, _reconstruction_inputs, _DATA),
+        _SAVE,
+    ),
     "efficientdm": (
         _COLLECT,
         _PRECOMPUTE,

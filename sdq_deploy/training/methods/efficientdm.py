@@ -65,7 +65,7 @@ def adapter_groups(student: Student, settings: EfficientDM) -> list[dict[str, An
         _group(
             f"adapter of {layer}",
             [quantizer.adapter_down, quantizer.adapter_up],
-            settings.adapter_lr * float(student.weight_scale(layer).mean()),
+            settings.adapter_lr * float(student.weight_scale(layer).detach().mean()),
             settings.weight_decay,
         )
         for layer, quantizer in student.weight_quantizers.items()

@@ -21,7 +21,15 @@ from tests.deploy.training.helpers import small_context
 from tests.deploy.training.methods.runs import run_method, snr_of, status_of
 from tests.tiny import tiny_unet
 
-CASES = [("search", "w4a8"), ("max", "w4a8"), ("mse", "w8a8"), ("percentile", "w4a8"), ("mse", "w4a16")]
+CASES = [
+    ("search", "w4a8"),
+    ("max", "w4a8"),
+    ("mse", "w8a8"),
+    ("percentile", "w4a8"),
+    ("mse", "w4a16"),
+    ("smoothquant", "w4a8"),
+    ("awq", "w4a16"),
+]
 
 
 @pytest.mark.parametrize(("algorithm", "precision"), CASES)
@@ -35,7 +43,7 @@ def test_each_algorithm_ends_as_the_checkpoint_that_was_measured(
     assert status["method"] == checkpoint.info.notes["method"] == "ptq"
     assert "sensitivity" not in status["stages"]
     tried = status["stages"]["fit"]["measured"]["candidates"]
-    assert len(tried) == (4 if algorithm == "percentile" else 1)
+    assert len(tried) == {"percentile": 4, "smoothquant": 3}.get(algorithm, 1)
     best = max(entry["trajectory_snr_db"] for entry in tried)
     assert checkpoint.info.notes["trajectory_snr_db"]["best"] == best
     assert snr_of(tiny_sd, out, checkpoint) == pytest.approx(best, abs=1e-3)
