@@ -116,7 +116,7 @@ class BlockFit:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.iteration += 1
-        return {"loss": float(loss), "loss_output": float(error), "lr_weights": settings.rounding_lr}
+        return {"loss": loss.item(), "loss_output": error.item(), "lr_weights": settings.rounding_lr}
 
     def finish(self) -> None:
         """Fix what was learned."""
