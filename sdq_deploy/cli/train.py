@@ -1,4 +1,4 @@
-"""`sdq-deploy train`: quantization-aware training with the serial-to-parallel pipeline."""
+"""`sdq-deploy train`: quantization-aware training, by the serial-to-parallel pipeline or by one of its peers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,23 @@ class _Precision(enum.StrEnum):
     w8a8 = "w8a8"
     w4a8 = "w4a8"
     w4a16 = "w4a16"
+
+
+class _Method(enum.StrEnum):
+    s2p = "s2p"
+    ptq = "ptq"
+    ptq_reconstruction = "ptq-reconstruction"
+    efficientdm = "efficientdm"
+
+
+class _PtqAlgorithm(enum.StrEnum):
+    search = "search"
+    max = "max"
+    mse = "mse"
+    percentile = "percentile"
+    smoothquant = "smoothquant"
+    awq = "awq"
+    svdquant = "svdquant"
 
 
 class _Pipeline(enum.StrEnum):
@@ -40,6 +57,12 @@ def train(
     ] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="UTF-8 text, one prompt per line.")] = None,
     precision: Annotated[_Precision | None, typer.Option("--precision", help="Weights and activations.")] = None,
+    method: Annotated[
+        _Method | None, typer.Option("--method", help="How integers and scales are found; default: s2p.")
+    ] = None,
+    ptq_algorithm: Annotated[
+        _PtqAlgorithm | None, typer.Option("--ptq-algorithm", help="Of --method ptq, which it implies.")
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option("--scheduler", help="ddim, pndm, euler, ...; default: the recipe's.")
     ] = None,
@@ -71,6 +94,8 @@ def train(
     from sdq_deploy.training.run import run_training
 
     options: dict[str, Any] = {
+        "method": method.value if method is not None else "ptq" if ptq_algorithm is not None else None,
+        "ptq.algorithm": None if ptq_algorithm is None else ptq_algorithm.value,
         "quantization.precision": None if precision is None else precision.value,
         "sampling.scheduler": scheduler,
         "sampling.num_inference_steps": num_inference_steps,
@@ -88,6 +113,16 @@ def train(
     _print_result(out, ran, json)
 
 
+def _trajectory(notes: dict[str, Any]) -> str:
+    snr = notes["trajectory_snr_db"]
+    if notes.get("method") == "ptq":
+        return f"Held-out trajectory {snr['best']:.2f} dB, without training."
+    return (
+        f"Held-out trajectory {snr['start']:.2f} dB before training, {snr['best']:.2f} dB at the best state "
+        f"(step {notes['best_step']})."
+    )
+
+
 def _print_result(out: Path, ran: list[str], as_json: bool) -> None:
     from accelerate import PartialState
 
@@ -96,14 +131,12 @@ def _print_result(out: Path, ran: list[str], as_json: bool) -> None:
     if not PartialState().is_main_process:
         return
     info = load_checkpoint(out).info
-    snr = info.notes["trajectory_snr_db"]
     if as_json:
         print_json({"run": str(out), "precision": info.spec.precision, "stages_run": ran, **info.notes})
         return
     console.print(
         f"{info.spec.precision}: {len(info.spec.weights)} weights, {len(info.spec.activations)} activations quantized. "
-        f"Held-out trajectory {snr['start']:.2f} dB before training, {snr['best']:.2f} dB at the best state "
-        f"(step {info.notes['best_step']}).",
+        + _trajectory(info.notes),
         markup=False,
         soft_wrap=True,
     )

@@ -13,19 +13,28 @@ __all__ = [
     "SCHEDULERS",
     "Calibrate",
     "Collect",
+    "EfficientDM",
     "Fit",
     "Freezing",
+    "Method",
     "PerBits",
     "Pipeline",
     "Precision",
+    "Ptq",
+    "PtqAlgorithm",
     "Quantization",
     "Recipe",
+    "Reconstruction",
     "Sampling",
     "Sensitivity",
 ]
 
 Precision = Literal["w8a8", "w4a8", "w4a16"]
 Pipeline = Literal["serial-to-parallel", "parallel", "serial"]
+
+#: How integers and scales are found; docs/methods.md describes each.
+Method = Literal["s2p", "ptq", "ptq-reconstruction", "efficientdm"]
+PtqAlgorithm = Literal["search", "max", "mse", "percentile", "smoothquant", "awq", "svdquant"]
 
 #: Scheduler names; "default" is the checkpoint's own.
 SCHEDULERS = ("default", "ddim", "pndm", "euler", "euler-ancestral", "dpmpp-2m", "lcm", "flow-euler")
@@ -152,9 +161,57 @@ class Freezing(_Section):
         return self
 
 
+class Ptq(_Section):
+    """Method ptq: quantization without training."""
+
+    algorithm: PtqAlgorithm = "search"
+    percentiles: tuple[Annotated[float, Field(gt=50, le=100)], ...] = (99.9, 99.99, 99.999, 99.9999)
+    """Share of the activations' magnitudes to hold, in percent; the best by held-out trajectory stays."""
+    alphas: tuple[Rate, ...] = (0.25, 0.5, 0.75)
+    """SmoothQuant's migration strengths; the best by held-out trajectory stays."""
+    awq_points: int = Field(default=20, ge=1)
+    """AWQ's candidates for the exponent of the activations' magnitude."""
+
+
+class Reconstruction(_Section):
+    """Method ptq-reconstruction: learned rounding, block by block. Defaults are Q-Diffusion's."""
+
+    iterations: int = Field(default=20_000, ge=1)
+    """Per block."""
+    batch_size: int = Field(default=32, ge=1)
+    samples: int = Field(default=1024, ge=1)
+    """Latents of the serial dataset that blocks are reconstructed on, spread over steps and prompts."""
+    groups: int = Field(default=1, ge=0)
+    """Scale groups of the activations: 1 as published; 0 for one per step."""
+    rounding_lr: float = Field(default=1e-3, gt=0, le=1)
+    activation_scale_lr: Rate = 4e-4
+    """Relative to the scale."""
+    regularizer: float = Field(default=0.01, ge=0)
+    beta_start: float = Field(default=20.0, gt=0)
+    beta_end: float = Field(default=2.0, gt=0)
+    warmup: float = Field(default=0.2, ge=0, lt=1)
+    """Share of the iterations before the regularizer sets in."""
+    checkpoint_every: int = Field(default=1000, ge=1)
+    """Iterations between two resume points."""
+
+
+class EfficientDM(_Section):
+    """Method efficientdm: what differs from the section fit, whose steps, batch and precision it shares."""
+
+    rank: int = Field(default=32, ge=1)
+    adapter_lr: float = Field(default=4e-4, gt=0, le=1)
+    """Of a layer's adapter, in units of the layer's mean weight scale (scale-aware optimization)."""
+    weight_scale_lr: Rate = 1e-4
+    """Relative to the scale, as the next."""
+    activation_scale_lr: Rate = 1e-3
+    weight_decay: Rate = 0.01
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+
+
 class Recipe(_Section):
     """All settings of one training."""
 
+    method: Method = "s2p"
     sampling: Sampling
     quantization: Quantization
     collect: Collect
@@ -162,3 +219,6 @@ class Recipe(_Section):
     sensitivity: Sensitivity
     fit: Fit
     freezing: Freezing
+    ptq: Ptq = Ptq()
+    reconstruction: Reconstruction = Reconstruction()
+    efficientdm: EfficientDM = EfficientDM()

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sdq_deploy.recipes.schema import Pipeline
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import SerialData
 from sdq_deploy.training.guidance import ModelOutputs, guide
@@ -186,11 +187,11 @@ class SerialSource(_Source):
         self.slots = state[self.part].to(self.device)
 
 
-def make_source(context: TrainingContext, data: SerialData) -> BatchSource:
-    """The batch source of the recipe's pipeline."""
+def make_source(context: TrainingContext, data: SerialData, pipeline: Pipeline) -> BatchSource:
+    """The batch source of a pipeline."""
     kinds: dict[str, type[SerialToParallelSource] | type[ParallelSource] | type[SerialSource]] = {
         "serial-to-parallel": SerialToParallelSource,
         "parallel": ParallelSource,
         "serial": SerialSource,
     }
-    return kinds[context.recipe.fit.pipeline](context, data)
+    return kinds[pipeline](context, data)

@@ -108,9 +108,17 @@ class TrainingContext:
             wanted.precision,
             keep=wanted.keep,
             bits=wanted.bits,
-            groups=wanted.groups or None,
+            groups=self._groups or None,
             block_size=wanted.block_size,
         )
+
+    @property
+    def _groups(self) -> int:
+        """Scale groups of the activations, 0 for one a step: the published peers know one scale for all steps."""
+        recipe = self.recipe
+        if recipe.method == "ptq" and recipe.ptq.algorithm != "search":
+            return 1
+        return recipe.reconstruction.groups if recipe.method == "ptq-reconstruction" else recipe.quantization.groups
 
     @cached_property
     def sampler_settings(self) -> SamplerSettings:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sdq_deploy.recipes.schema import Fit, Freezing
 from sdq_deploy.training.batches import Batch, make_source
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.curves import draw_curves
@@ -23,35 +26,75 @@ from sdq_deploy.training.freezing import FreezingTracker
 from sdq_deploy.training.guidance import ModelOutputs, predict_outputs
 from sdq_deploy.training.log import TrainingLog, read_log
 from sdq_deploy.training.losses import distillation_loss, layer_outputs, output_loss, step_weights
+from sdq_deploy.training.memory import peak_bytes, reset_peak, state_bytes
+from sdq_deploy.training.result import write_result
 from sdq_deploy.training.student import Student, parameter_groups
 from sdq_deploy.training.trajectory import trajectory_snr
-from sdq_engines.files import atomic_write, atomic_write_json
+from sdq_engines.files import atomic_write
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["BEST", "RESULT", "Fitting", "fit", "learning_rate_factor"]
+__all__ = ["RESUME", "FitPlan", "Fitting", "Schedule", "fit", "full_training", "learning_rate_factor"]
 
-BEST, RESULT, RESUME = "best.safetensors", "result.json", "resume.pt"
+RESUME = "resume.pt"
+Schedule = Literal["cosine", "linear"]
 
 
-def fit(context: TrainingContext, inputs: str) -> None:
+@dataclass(frozen=True)
+class FitPlan:
+    """What a method makes of the fit.
+
+    Attributes:
+        recipe: steps, batches, losses and what else the fit goes by.
+        freezing: of oscillating weights.
+        student: its state at the start.
+        groups: AdamW's, each with its `peak_lr` and `name`.
+        sensitive: layers under inter-layer distillation and freezing.
+        schedule: how the learning rates fall.
+    """
+
+    recipe: Fit
+    freezing: Freezing
+    student: Student
+    groups: list[dict[str, Any]]
+    sensitive: list[str]
+    schedule: Schedule = "cosine"
+
+
+def full_training(context: TrainingContext) -> FitPlan:
+    """Ours: every parameter of the student learns, by the recipe as it is."""
+    recipe = context.recipe
+    student = Student(context.source.unet, context.timesteps, context.spec, load_file(context.folder.scales))
+    sensitive: list[str] = json.loads(context.folder.sensitivity.read_text(encoding="utf-8"))["sensitive"]
+    return FitPlan(recipe.fit, recipe.freezing, student, parameter_groups(student, recipe.fit), sensitive)
+
+
+def fit(
+    context: TrainingContext, inputs: str, make_plan: Callable[[TrainingContext], FitPlan] = full_training
+) -> dict[str, Any]:
     """Train the student, from the resume point if there is one, and leave its best state in the fit folder.
 
     Args:
         context: the training.
         inputs: hash of all that the fit depends on; a resume point made from other inputs is ignored.
+        make_plan: the method.
+
+    Returns:
+        What was measured: memory beside that of full training.
     """
-    fitting = Fitting(context, inputs)
+    fitting = Fitting(context, inputs, make_plan(context))
     fitting.run()
     if context.accelerator.is_main_process:
         draw_curves(read_log(context.folder.log), context.folder.curves)
         (context.folder.fit / RESUME).unlink(missing_ok=True)
+    return fitting.memory()
 
 
-def learning_rate_factor(step: int, total: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine to 0 at `total`."""
+def learning_rate_factor(step: int, total: int, warmup: int, schedule: Schedule = "cosine") -> float:
+    """Linear warm-up, then a cosine or a line to 0 at `total`."""
     if step < warmup:
         return (step + 1) / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+    progress = (step - warmup) / max(1, total - warmup)
+    return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
 
 class _Trainee(nn.Module):
@@ -69,24 +112,25 @@ class _Trainee(nn.Module):
 class Fitting:
     """The state of one fit: student, optimizer, what is known of oscillation, and the best state so far."""
 
-    def __init__(self, context: TrainingContext, inputs: str) -> None:
-        self.context, self.inputs, self.recipe = context, inputs, context.recipe.fit
+    def __init__(self, context: TrainingContext, inputs: str, plan: FitPlan) -> None:
+        self.context, self.inputs, self.plan, self.recipe = context, inputs, plan, plan.recipe
         self.accelerator, self.folder = context.accelerator, context.folder.fit
         self.folder.mkdir(parents=True, exist_ok=True)
-        scales = load_file(context.folder.scales)
-        self.student = Student(context.source.unet, context.timesteps, context.spec, scales)
+        self.student = plan.student
         self.student.denoiser.to(context.device)
         self.scale_start = self._scale_levels()
         if self.recipe.gradient_checkpointing:
             self.student.denoiser.enable_gradient_checkpointing()
-        groups = parameter_groups(self.student, self.recipe)
-        optimizer = torch.optim.AdamW(groups, betas=self.recipe.betas, fused=context.device.type in ("cpu", "cuda"))
+        reset_peak(context.device)
+        optimizer = torch.optim.AdamW(
+            plan.groups, betas=self.recipe.betas, fused=context.device.type in ("cpu", "cuda")
+        )
         self.trainee, self.optimizer = self.accelerator.prepare(_Trainee(self.student.denoiser), optimizer)
-        self.sensitive: list[str] = json.loads(context.folder.sensitivity.read_text(encoding="utf-8"))["sensitive"]
-        self.freezing = FreezingTracker(self.student, self.sensitive, context.recipe.freezing)
+        self.sensitive = plan.sensitive
+        self.freezing = FreezingTracker(self.student, self.sensitive, plan.freezing)
         self.average = MovingAverage(self.student.denoiser, self.recipe.ema_decay)
         self.training, self.held_out = (load_split(context.folder.dataset, name) for name in ("training", "validation"))
-        self.source = make_source(context, self.training)
+        self.source = make_source(context, self.training, self.recipe.pipeline)
         self.step_weights = step_weights(context.plan, self.recipe.step_weighting).to(context.device)
         self.step = 0
         self.result: dict[str, Any] = {}
@@ -113,7 +157,8 @@ class Fitting:
     def _train_step(self) -> dict[str, float]:
         """One iteration; returns what the log wants of it."""
         batch = self.source.batch(self.step)
-        factor = learning_rate_factor(self.step, self.recipe.max_train_steps, self.recipe.warmup_steps)
+        recipe = self.recipe
+        factor = learning_rate_factor(self.step, recipe.max_train_steps, recipe.warmup_steps, self.plan.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         outputs, losses = self._losses(batch)
@@ -163,14 +208,20 @@ class Fitting:
                 self.result = {"start_db": snr, "best_db": -math.inf, "best_step": 0}
             if snr > self.result["best_db"]:
                 self.result |= {"best_db": snr, "best_step": self.step}
-                self._save_best()
-        return {"trajectory_snr_db": snr}
+                if self.accelerator.is_main_process:
+                    write_result(self.folder, self.student.tensors(), self.result)
+        return {"trajectory_snr_db": snr, **self.memory()}
 
-    def _save_best(self) -> None:
-        if self.accelerator.is_main_process:
-            with atomic_write(self.folder / BEST) as temporary:
-                save_file(self.student.tensors(), temporary, metadata={"step": str(self.step)})
-            atomic_write_json(self.folder / RESULT, self.result)
+    def memory(self) -> dict[str, Any]:
+        """Trainable state and peak in bytes, beside the trainable state of training every parameter."""
+        student = self.student
+        adapters = {id(parameter) for parameter in student.adapter_parameters()}
+        every = [parameter for parameter in student.denoiser.parameters() if id(parameter) not in adapters]
+        return {
+            "trainable_state_bytes": state_bytes(p for p in student.denoiser.parameters() if p.requires_grad),
+            "full_training_state_bytes": state_bytes(every),
+            "peak_memory_bytes": peak_bytes(self.context.device),
+        }
 
     def _describe(self) -> dict[str, float]:
         weights, activations = self._scale_levels()

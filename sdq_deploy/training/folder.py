@@ -15,7 +15,7 @@ class RunFolder:
     """Paths inside RUN and the reading and writing of run.json.
 
     run.json: {"kind": "sdq-run", "status": "complete" or the stage under way, "settings": {...},
-    "stages": {name: {"inputs": hash, "done": bool, "seconds": float}}}
+    "method": ..., "stages": {name: {"inputs": hash, "done": bool, "seconds": float, "measured": {...} or absent}}}
     """
 
     def __init__(self, path: Path) -> None:

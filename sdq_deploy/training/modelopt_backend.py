@@ -24,6 +24,7 @@ from sdq_export.stepping import StepDenoiser, StepState
 
 __all__ = [
     "BACKEND",
+    "WeightForward",
     "activation_quantizers",
     "import_modelopt",
     "insert_quantizers",
@@ -45,6 +46,10 @@ class WeightForward:
 
     bits: int
     block_size: int | None
+
+    def before_rounding(self, x: Tensor, quantizer: Any) -> Tensor:
+        """What is rounded: the weight as it is."""
+        return x
 
     def __call__(self, x: Tensor, quantizer: Any) -> Tensor:
         scale = quantizer.log_scale.exp()

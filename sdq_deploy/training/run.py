@@ -12,6 +12,7 @@ from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import INDEX
 from sdq_deploy.training.folder import RunFolder
+from sdq_deploy.training.methods.checks import check_method
 from sdq_deploy.training.runner import run_stages
 from sdq_engines.errors import SdqError
 from sdq_engines.files import claim_output
@@ -51,13 +52,15 @@ def run_training(
         Names of the stages that had to run.
 
     Raises:
-        SdqError: the output is not ours, holds a run and `resume` is not given, or the settings do not work.
+        SdqError: the output is not ours, holds a run and `resume` is not given, or the settings do not work;
+            the method does not fit the precision or the processes.
         KeyboardInterrupt: with the command that continues as its message.
     """
     from sdq_deploy.cli.shared import new_progress
 
     _silence_libraries()
     accelerator = make_accelerator(settings.recipe, cpu=cpu)
+    check_method(settings.recipe, accelerator.num_processes)
     if accelerator.is_main_process:
         _claim(settings, resume)
     accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Runs the stages in order; skips those whose inputs have not changed; says where a run stands."""
+"""Runs a method's stages in order; skips those whose inputs have not changed; says where a run stands."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from sdq_deploy.recipes.schema import Method
 from sdq_deploy.training.calibrate import calibrate
 from sdq_deploy.training.collect import collect
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.fit import fit
+from sdq_deploy.training.methods.efficientdm import adapter_training, shared_fit
+from sdq_deploy.training.methods.ptq import ptq
+from sdq_deploy.training.methods.reconstruction import reconstruct
 from sdq_deploy.training.precompute import precompute
 from sdq_deploy.training.save import save
 from sdq_deploy.training.sensitivity import sensitivity
@@ -31,14 +36,14 @@ class Stage:
 
     Attributes:
         name: as shown and recorded.
-        run: does the work; called with the hash of the stage's inputs.
+        run: does the work; called with the hash of the stage's inputs. Figures that it returns go into run.json.
         inputs: what the result depends on, beside the stages in `after`; JSON values.
         after: stages whose results this one reads.
         everywhere: whether all processes work on it; otherwise the main one, while the others wait.
     """
 
     name: str
-    run: Callable[[TrainingContext, str], None]
+    run: Callable[[TrainingContext, str], dict[str, Any] | None]
     inputs: Callable[[TrainingContext], Any]
     after: tuple[str, ...] = ()
     everywhere: bool = False
@@ -64,25 +69,65 @@ def _fit_inputs(context: TrainingContext) -> Any:
     return [fit_recipe, context.recipe.freezing.model_dump(mode="json"), context.seed]
 
 
-STAGES: tuple[Stage, ...] = (
-    Stage("collect", collect, _collect_inputs, everywhere=True),
-    Stage("precompute", lambda context, _: precompute(context), lambda _: None, ("collect",)),
-    Stage("calibrate", lambda context, _: calibrate(context), _calibrate_inputs, ("collect",)),
-    Stage(
-        "sensitivity",
-        lambda context, _: sensitivity(context),
-        lambda context: context.recipe.sensitivity.model_dump(mode="json"),
-        ("collect", "calibrate"),
-    ),
-    Stage("fit", fit, _fit_inputs, ("collect", "calibrate", "sensitivity"), everywhere=True),
-    Stage("save", lambda context, _: save(context), lambda context: context.source_ref.model_dump(), ("fit",)),
+def _efficientdm_inputs(context: TrainingContext) -> Any:
+    recipe = context.recipe
+    shared = shared_fit(recipe.fit, recipe.efficientdm).model_dump(mode="json", exclude={"checkpoint_every"})
+    return [recipe.method, shared, recipe.efficientdm.model_dump(mode="json"), context.seed]
+
+
+def _ptq_inputs(context: TrainingContext) -> Any:
+    return [context.recipe.method, context.recipe.ptq.model_dump(mode="json")]
+
+
+def _reconstruction_inputs(context: TrainingContext) -> Any:
+    settings = context.recipe.reconstruction.model_dump(mode="json", exclude={"checkpoint_every"})
+    return [context.recipe.method, settings, context.seed]
+
+
+_COLLECT = Stage("collect", collect, _collect_inputs, everywhere=True)
+_PRECOMPUTE = Stage("precompute", lambda context, _: precompute(context), lambda _: None, ("collect",))
+_CALIBRATE = Stage("calibrate", lambda context, _: calibrate(context), _calibrate_inputs, ("collect",))
+_SENSITIVITY = Stage(
+    "sensitivity",
+    lambda context, _: sensitivity(context),
+    lambda context: context.recipe.sensitivity.model_dump(mode="json"),
+    ("collect", "calibrate"),
 )
+_SAVE = Stage("save", lambda context, _: save(context), lambda context: context.source_ref.model_dump(), ("fit",))
+_DATA = ("collect", "calibrate")
+
+#: What differs between the methods is "fit", the stage that finds integers and scales, and what it needs beforehand.
+STAGES: dict[Method, tuple[Stage, ...]] = {
+    "s2p": (
+        _COLLECT,
+        _PRECOMPUTE,
+        _CALIBRATE,
+        _SENSITIVITY,
+        Stage("fit", fit, _fit_inputs, (*_DATA, "sensitivity"), everywhere=True),
+        _SAVE,
+    ),
+    "ptq": (_COLLECT, _PRECOMPUTE, _CALIBRATE, Stage("fit", ptq, _ptq_inputs, _DATA), _SAVE),
+    "ptq-reconstruction": (
+        _COLLECT,
+        _PRECOMPUTE,
+        _CALIBRATE,
+        Stage("fit", reconstruct, _reconstruction_inputs, _DATA),
+        _SAVE,
+    ),
+    "efficientdm": (
+        _COLLECT,
+        _PRECOMPUTE,
+        _CALIBRATE,
+        Stage("fit", partial(fit, make_plan=adapter_training), _efficientdm_inputs, _DATA, everywhere=True),
+        _SAVE,
+    ),
+}
 
 
 def stage_hashes(context: TrainingContext) -> dict[str, str]:
     """The hash of each stage's inputs, those of the stages it reads included."""
     hashes: dict[str, str] = {}
-    for stage in STAGES:
+    for stage in STAGES[context.recipe.method]:
         content = [FORMAT, stage.name, stage.inputs(context), [hashes[name] for name in stage.after]]
         hashes[stage.name] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return hashes
@@ -101,8 +146,8 @@ def run_stages(context: TrainingContext, settings: dict[str, Any]) -> list[str]:
     hashes, ran = stage_hashes(context), []
     main = context.accelerator.is_main_process
     status = context.folder.read_status()
-    status["settings"] = settings
-    for stage in STAGES:
+    status["settings"], status["method"] = settings, context.recipe.method
+    for stage in STAGES[context.recipe.method]:
         entry = status["stages"].get(stage.name, {})
         if entry.get("done") and entry.get("inputs") == hashes[stage.name]:
             continue
@@ -113,10 +158,11 @@ def run_stages(context: TrainingContext, settings: dict[str, Any]) -> list[str]:
             context.folder.write_status(status)
         started = time.perf_counter()
         context.accelerator.wait_for_everyone()
-        if stage.everywhere or main:
-            stage.run(context, hashes[stage.name])
+        figures = stage.run(context, hashes[stage.name]) if stage.everywhere or main else None
         context.accelerator.wait_for_everyone()
         status["stages"][stage.name] |= {"done": True, "seconds": round(time.perf_counter() - started, 2)}
+        if figures:
+            status["stages"][stage.name]["measured"] = figures
         ran.append(stage.name)
         if main:
             context.folder.write_status(status)

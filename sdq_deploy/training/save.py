@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from safetensors.torch import load_file
 
 from sdq_deploy.training.context import TrainingContext
-from sdq_deploy.training.fit import BEST, RESULT
+from sdq_deploy.training.result import BEST, read_result
 from sdq_export.checkpoint import CHECKPOINT_FOLDER, CheckpointInfo, save_checkpoint
 
 __all__ = ["save"]
@@ -15,10 +13,12 @@ __all__ = ["save"]
 
 def save(context: TrainingContext) -> None:
     """Write RUN/checkpoint from the fit's best state."""
-    result = json.loads((context.folder.fit / RESULT).read_text(encoding="utf-8"))
+    result = read_result(context.folder.fit)
     notes = {
+        "method": context.recipe.method,
         "trajectory_snr_db": {"start": result["start_db"], "best": result["best_db"]},
         "best_step": result["best_step"],
+        "measured": context.folder.read_status()["stages"]["fit"].get("measured", {}),
         "recipe": context.recipe.model_dump(mode="json"),
         "seed": context.seed,
     }

@@ -43,6 +43,21 @@ class Student:
         parameter: nn.Parameter = self.denoiser.unet.get_submodule(layer)._parameters["weight"]
         return parameter
 
+    def rounded_weight(self, layer: str) -> Tensor:
+        """The floating-point weight that the quantizer rounds: what training moves, an adapter's share included."""
+        quantizer = self.weight_quantizers[layer]
+        merged: Tensor = quantizer.lsq.before_rounding(self.weight(layer), quantizer)
+        return merged
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """What adapters add to the weights; nothing where there are none."""
+        return [
+            parameter
+            for quantizer in self.weight_quantizers.values()
+            for name, parameter in quantizer.named_parameters()
+            if name.startswith("adapter_")
+        ]
+
     def weight_scale(self, layer: str) -> Tensor:
         """The layer's scales, f32 [C_out] or [C_out, blocks]."""
         scale: Tensor = self.weight_quantizers[layer].log_scale.exp()
@@ -54,14 +69,14 @@ class Student:
         integers, scales = {}, {}
         for site in self.spec.weights:
             scale = self.weight_scale(site.layer)
-            integers[weight_key(site.layer)] = quantize_weight(self.weight(site.layer), scale, site)
+            integers[weight_key(site.layer)] = quantize_weight(self.rounded_weight(site.layer), scale, site)
             scales[weight_scale_key(site.layer)] = scale
         for name, quantizer in self.activation_quantizers.items():
             scales[scale_key(name)] = quantizer.log_scale.exp()
         others = {
             name: parameter
             for name, parameter in self.denoiser.unet.named_parameters()
-            if name not in integers and not name.endswith(".log_scale")
+            if name not in integers and "_quantizer." not in name
         }
         return {
             name: tensor.detach().cpu().contiguous().clone()

@@ -1,0 +1,53 @@
+"""What training holds in memory: its trainable state, and the peak of all."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["peak_bytes", "reset_peak", "state_bytes"]
+
+_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def state_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes that training keeps for these parameters: each with its gradient and AdamW's two moments."""
+    return sum(4 * parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to watch for the peak, where the system can forget an earlier one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        # Linux: 5 sets the peak of the resident set back to what is resident now.
+        _RESET.write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use since `reset_peak`: the tensors of a CUDA device, else this process's resident set.
+
+    Where the system keeps only the peak of the whole process (macOS), that one; 0 where it keeps none.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if _STATUS.is_file():
+        fields: dict[str, Any] = dict(
+            line.split(":", 1) for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        )
+        if "VmHWM" in fields:
+            return int(fields["VmHWM"].split()[0]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,82 @@
+"""Method efficientdm: low-rank adapters and scales learn, the weights stay (docs/methods.md).
+
+After He et al., "EfficientDM" (ICLR 2024). It is the fit of our own training with another parametrization of the
+weights, other parameter groups, and neither inter-layer distillation nor freezing. Its data-free distillation along the
+teacher's trajectory is what the serial dataset holds; its temporal step sizes are the scale groups.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from safetensors.torch import load_file
+
+from sdq_deploy.recipes.schema import EfficientDM, Fit
+from sdq_deploy.training.context import TrainingContext
+from sdq_deploy.training.fit import FitPlan
+from sdq_deploy.training.methods.adapters import attach_adapters
+from sdq_deploy.training.prompts import stable_seed
+from sdq_deploy.training.student import Student
+
+__all__ = ["adapter_groups", "adapter_training", "shared_fit"]
+
+
+def adapter_training(context: TrainingContext) -> FitPlan:
+    """The fit as EfficientDM does it."""
+    recipe = context.recipe
+    student = Student(context.source.unet, context.timesteps, context.spec, load_file(context.folder.scales))
+    attach_adapters(student, recipe.efficientdm.rank, stable_seed(context.seed, "adapters"))
+    return FitPlan(
+        recipe=shared_fit(recipe.fit, recipe.efficientdm),
+        freezing=recipe.freezing.model_copy(update={"enabled": False}),
+        student=student,
+        groups=adapter_groups(student, recipe.efficientdm),
+        sensitive=[],
+        schedule="linear",
+    )
+
+
+def shared_fit(fit: Fit, settings: EfficientDM) -> Fit:
+    """Steps, batch and precision of our own fit; everything that the method has its own word on replaced."""
+    return fit.model_copy(
+        update={
+            "pipeline": "serial-to-parallel",
+            "loss": "guided",
+            "step_weighting": 0.0,
+            "ild_weight": 0.0,
+            "betas": settings.betas,
+            "warmup_steps": 0,
+            # Its authors do not clip.
+            "max_grad_norm": math.inf,
+            "ema_decay": 0.0,
+        }
+    )
+
+
+def adapter_groups(student: Student, settings: EfficientDM) -> list[dict[str, Any]]:
+    """AdamW groups: one per adapter, weight scales, activation scales.
+
+    Scale-aware optimization (section 3.3 of the paper): an adapter's rate is proportional to the mean of its layer's
+    weight scales, for it takes an update of the order of the scale to change an integer. Adam divides a factor on the
+    gradient out again, so the factor is on the rate.
+    """
+    groups = [
+        _group(
+            f"adapter of {layer}",
+            [quantizer.adapter_down, quantizer.adapter_up],
+            settings.adapter_lr * float(student.weight_scale(layer).detach().mean()),
+            settings.weight_decay,
+        )
+        for layer, quantizer in student.weight_quantizers.items()
+    ]
+    weight_scales = [quantizer.log_scale for quantizer in student.weight_quantizers.values()]
+    groups.append(_group("weight scales", weight_scales, settings.weight_scale_lr, 0.0))
+    activation_scales = [quantizer.log_scale for quantizer in student.activation_quantizers.values()]
+    if activation_scales:
+        groups.append(_group("activation scales", activation_scales, settings.activation_scale_lr, 0.0))
+    return groups
+
+
+def _group(name: str, params: list[Any], rate: float, decay: float) -> dict[str, Any]:
+    return {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay, "name": name}
