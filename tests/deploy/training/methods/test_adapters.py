@@ -95,7 +95,7 @@ def test_gradients_of_the_pair_equal_finite_differences() -> None:
             below = surrogate(*(p - delta if p is start else p for p in pair))
             assert float(gradient.view(-1)[place]) == pytest.approx((above - below) / 2e-7, rel=1e-3, abs=1e-3)
     total = frozen + (up @ down).reshape(frozen.shape)
-    clipped = (total < -q_n * scale) | (total > q_p * scale)
+    clipped = (total < low * scale) | (total > high * scale)
     assert 0.01 < float(clipped.double().mean()) < 0.99
 
 
