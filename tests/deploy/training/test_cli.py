@@ -50,6 +50,8 @@ def test_user_errors_are_one_sentence_and_write_nothing(tiny_sd: Path, prompts: 
         ([tiny_sd, "--out", out, "--prompts", prompts, "--scheduler", "dimm"], 1, "sampling.scheduler: found 'dimm'"),
         ([tiny_sd, "--out", out, "--prompts", prompts, "--precision", "w2a2"], 2, "w4a16"),
         ([tiny_sd, "--out", prompts, "--prompts", prompts], 1, "is a file"),
+        ([tiny_sd, "--out", out, "--prompts", prompts, "--ptq-algorithm", "svdquant"], 1, "low-rank branch"),
+        ([tiny_sd, "--out", out, "--prompts", prompts, "--method", "qat"], 2, "efficientdm"),
     ]
     for arguments, code, words in cases:
         result = sdq_train(*arguments)
