@@ -46,10 +46,10 @@ def test_both_packages_are_faithful(report: DemoReport) -> None:
     """Eight training steps: about what the initialization gives. A few images tip over whole, which the mean shows."""
     rows = {row.name: row for row in report.variants}
     assert rows["W8A8 trained"].psnr_mean is not None
-    assert rows["W8A8 trained"].psnr_mean > 34
+    assert rows["W8A8 trained"].psnr_mean > 38
     assert rows["W4A8 trained"].psnr_mean is not None
-    assert rows["W4A8 trained"].psnr_mean > 24
-    assert rows["FP"].caption_accuracy >= 0.6
+    assert rows["W4A8 trained"].psnr_mean > 27
+    assert rows["FP"].caption_accuracy >= 0.85
 
 
 def test_sizes(report: DemoReport) -> None:
