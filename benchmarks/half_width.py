@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from checkpoints import write_sd14
 from sdq_engines import Pipeline
 from sdq_engines.bench import component_calls
 from sdq_engines.package.layout import DENOISER
+from sdq_export.provenance import tool_versions
 
 STEPS = 20
 LATENT_SIZE = 32
@@ -166,12 +166,7 @@ def main() -> None:
         print(f"{name:40} {value:7.3f} s   {value / ours:5.2f} x per-step INT8")
     for name, value in stages.items():
         print(f"{name:40} {value:7.1f} s")
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "diffusers", "openvino", "nncf"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    versions = {"python": platform.python_version()} | tool_versions(("torch", "diffusers", "openvino", "nncf"))
     print(" · ".join(f"{name} {value}" for name, value in versions.items()))
     results = {"seconds": seconds, "stages": stages, "versions": versions, "runs": arguments.runs}
     (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")

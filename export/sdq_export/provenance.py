@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from importlib import metadata
 
 from sdq_engines.package.schema import SourceInfo
@@ -36,10 +37,10 @@ def notice(source: Source, info: SourceInfo) -> str:
     )
 
 
-def tool_versions() -> dict[str, str]:
-    """Package -> version of everything that had a hand in the graphs and is installed as a package."""
+def tool_versions(names: Iterable[str] = _TOOLS) -> dict[str, str]:
+    """Package -> version of those that are installed; by default of everything that had a hand in the graphs."""
     versions = {}
-    for name in _TOOLS:
+    for name in names:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,11 +148,12 @@ def _open_run(run: str, scheduler: str | None, steps: int | None, dtype: str) ->
     import diffusers
 
     from sdq_deploy.models import resolve_model
+    from sdq_deploy.training.folder import RunFolder
     from sdq_export.checkpoint import load_checkpoint
     from sdq_export.sampler import compile_sampler
     from sdq_export.source import load_source
 
-    _require_finished(Path(run))
+    RunFolder(Path(run)).require_finished()
     checkpoint = load_checkpoint(run)
     settings = checkpoint.info.sampler
     if dtype != "fp16":
@@ -163,21 +163,6 @@ def _open_run(run: str, scheduler: str | None, steps: int | None, dtype: str) ->
     made = getattr(diffusers, settings.scheduler).from_config(settings.config)
     plan = compile_sampler(made, settings.num_inference_steps)
     return _Job(source, plan, settings.guidance_scale, checkpoint)
-
-
-def _require_finished(run: Path) -> None:
-    status_file = run / "run.json"
-    if not status_file.is_file():
-        return
-    try:
-        status = json_module.loads(status_file.read_text(encoding="utf-8")).get("status")
-    except (OSError, ValueError, AttributeError) as error:
-        raise SdqError(f"{status_file} cannot be read: {error}.", "Train it again.") from error
-    if status != "complete":
-        raise SdqError(
-            f"The training in {run} is not finished: it stopped in the stage {status!r}.",
-            f"Finish it: sdq-deploy train MODEL --out {run} --resume",
-        )
 
 
 def _require_same_sampler(trained: str, trained_steps: int, scheduler: str | None, steps: int | None) -> None:

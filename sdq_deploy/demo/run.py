@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,7 +194,7 @@ def _package_images(demo: _Demo, precision: str, folder: Path, pairs: Sequence[C
         images,
         pairs,
         denoiser_bytes=_bytes_of(files, DENOISER, PROLOGUE),
-        package_bytes=sum(entry.size for name, entry in files.items() if not name.startswith("engines/")),
+        package_bytes=pipe.manifest.bytes_without_engines,
     )
 
 
@@ -344,10 +343,7 @@ def _save(picture: Any, path: Path) -> None:
 def _machine() -> dict[str, str]:
     import os
 
+    from sdq_export.provenance import tool_versions
+
     found = {"Python": platform.python_version(), "cores": str(os.cpu_count()), "machine": platform.machine()}
-    for tool in _TOOLS:
-        try:
-            found[tool] = version(tool)
-        except PackageNotFoundError:
-            continue
-    return found
+    return found | tool_versions(_TOOLS)

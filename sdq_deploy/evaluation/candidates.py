@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdq_deploy.models import resolve_model
+from sdq_deploy.training.folder import RunFolder
 from sdq_engines.errors import SdqError
 from sdq_engines.files import folder_kind, sha256_file
 from sdq_engines.package.layout import ENGINES
@@ -138,12 +139,12 @@ def _open_package(name: str, folder: Path, engine: str) -> Candidate:
         identity=_digest("package", files, pipeline.engine, entry.version, entry.profile.model_dump(), entry.options),
         engine=pipeline.engine,
         precision=manifest.precision,
-        num_bytes=sum(file.size for path, file in manifest.files.items() if not path.startswith(f"{ENGINES}/")),
+        num_bytes=manifest.bytes_without_engines,
     )
 
 
 def _open_run(name: str, folder: Path) -> Candidate:
-    _require_finished(folder)
+    RunFolder(folder).require_finished()
     checkpoint = load_checkpoint(folder)
     inner = folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder
     files = {file.name: sha256_file(file) for file in sorted(inner.iterdir()) if file.is_file()}
@@ -166,19 +167,6 @@ def _open_run(name: str, folder: Path) -> Candidate:
         precision=checkpoint.info.spec.precision,
         num_bytes=sum(file.stat().st_size for file in inner.iterdir() if file.is_file()),
     )
-
-
-def _require_finished(folder: Path) -> None:
-    from sdq_deploy.training.folder import RunFolder
-
-    if folder_kind(folder) != "run":
-        return
-    status = RunFolder(folder).read_status().get("status")
-    if status != "complete":
-        raise SdqError(
-            f"The training in {folder} is not finished: it stopped in the stage {status!r}.",
-            f"Finish it: sdq-deploy train MODEL --out {folder} --resume",
-        )
 
 
 def _open_model(name: str, model: str, revision: str | None = None) -> Candidate:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +24,7 @@ from sdq_deploy.evaluation.scorers import Scorers
 from sdq_deploy.evaluation.scoring import Scores
 from sdq_deploy.evaluation.settings import EvaluationSettings
 from sdq_deploy.evaluation.statistics import CONFIDENCE, Interval, frechet_distance, frechet_interval, mean_interval
+from sdq_export.provenance import tool_versions
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -68,7 +68,7 @@ def summarize(
         notes=_notes(settings, scorers),
         confidence=CONFIDENCE,
         seconds=0.0,
-        tools=_tools(),
+        tools=tool_versions(_TOOLS),
     )
 
 
@@ -184,13 +184,3 @@ def _notes(settings: EvaluationSettings, scorers: Scorers) -> list[str]:
             f"{', '.join(others)}: made from another model than the reference, so the figures hold both differences."
         )
     return notes
-
-
-def _tools() -> dict[str, str]:
-    found = {}
-    for tool in _TOOLS:
-        try:
-            found[tool] = version(tool)
-        except PackageNotFoundError:
-            continue
-    return found

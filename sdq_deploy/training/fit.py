@@ -28,14 +28,13 @@ from sdq_deploy.training.log import TrainingLog, read_log
 from sdq_deploy.training.losses import distillation_loss, layer_outputs, output_loss, step_weights
 from sdq_deploy.training.memory import peak_bytes, reset_peak, state_bytes
 from sdq_deploy.training.result import write_result
+from sdq_deploy.training.resume import drop_resume, read_resume, write_resume
 from sdq_deploy.training.student import Student, parameter_groups
 from sdq_deploy.training.trajectory import trajectory_snr
-from sdq_engines.files import atomic_write
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["RESUME", "FitPlan", "Fitting", "Schedule", "fit", "full_training", "learning_rate_factor"]
+__all__ = ["FitPlan", "Fitting", "Schedule", "fit", "full_training", "learning_rate_factor"]
 
-RESUME = "resume.pt"
 Schedule = Literal["cosine", "linear"]
 
 
@@ -85,7 +84,7 @@ def fit(
     fitting.run()
     if context.accelerator.is_main_process:
         draw_curves(read_log(context.folder.log), context.folder.curves)
-        (context.folder.fit / RESUME).unlink(missing_ok=True)
+        drop_resume(context.folder.fit)
     return fitting.memory()
 
 
@@ -252,7 +251,6 @@ class Fitting:
         if not self.accelerator.is_main_process:
             return
         saved = {
-            "inputs": self.inputs,
             "step": self.step,
             "result": self.result,
             "student": self.student.denoiser.state_dict(),
@@ -261,15 +259,11 @@ class Fitting:
             "average": self.average.state_dict(),
             "pipeline": pipeline,
         }
-        with atomic_write(self.folder / RESUME) as temporary:
-            torch.save(saved, temporary)
+        write_resume(self.folder, self.inputs, saved)
 
     def _load_resume(self) -> None:
-        path = self.folder / RESUME
-        if not path.is_file():
-            return
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["inputs"] != self.inputs:
+        saved = read_resume(self.folder, self.inputs)
+        if saved is None:
             return
         self.step, self.result = saved["step"], saved["result"]
         self.student.denoiser.load_state_dict(saved["student"])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_json
 
 __all__ = ["RunFolder"]
@@ -35,6 +36,24 @@ class RunFolder:
             return {"kind": "sdq-run", "status": "new", "settings": {}, "stages": {}}
         status: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
         return status
+
+    def require_finished(self) -> None:
+        """A folder without run.json, such as a checkpoint's own, has nothing to finish.
+
+        Raises:
+            SdqError: the training is not complete, or run.json cannot be read.
+        """
+        if not self.status_file.is_file():
+            return
+        try:
+            status = self.read_status().get("status")
+        except (OSError, ValueError, AttributeError) as error:
+            raise SdqError(f"{self.status_file} cannot be read: {error}.", "Train it again.") from error
+        if status != "complete":
+            raise SdqError(
+                f"The training in {self.path} is not finished: it stopped in the stage {status!r}.",
+                f"Finish it: sdq-deploy train MODEL --out {self.path} --resume",
+            )
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Replace run.json."""

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sdq_engines.package.layout import ENGINES
+
 __all__ = [
     "SCHEMA_VERSION",
     "EngineEntry",
@@ -151,3 +153,8 @@ class Manifest(_Strict):
     engines: dict[str, EngineEntry] = Field(default_factory=dict)
     fidelity: dict[str, Any] = Field(default_factory=dict)
     """Measured figures: parity per criterion and step, and whatever an evaluation added."""
+
+    @property
+    def bytes_without_engines(self) -> int:
+        """Bytes of what ships to every machine: all files but the engines'."""
+        return sum(entry.size for name, entry in self.files.items() if not name.startswith(f"{ENGINES}/"))

@@ -17,7 +17,7 @@ from sdq_deploy.recipes.schema import Reconstruction
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.curves import draw_curves
 from sdq_deploy.training.dataset import load_split
-from sdq_deploy.training.fit import RESUME, learning_rate_factor
+from sdq_deploy.training.fit import learning_rate_factor
 from sdq_deploy.training.log import TrainingLog, read_log
 from sdq_deploy.training.memory import peak_bytes, reset_peak
 from sdq_deploy.training.methods.blocks import (
@@ -37,10 +37,10 @@ from sdq_deploy.training.methods.rounding import (
 )
 from sdq_deploy.training.prompts import stable_seed
 from sdq_deploy.training.result import write_result
+from sdq_deploy.training.resume import drop_resume, read_resume, write_resume
 from sdq_deploy.training.sensitivity import spread_rows
 from sdq_deploy.training.student import Student
 from sdq_deploy.training.trajectory import trajectory_snr
-from sdq_engines.files import atomic_write
 
 __all__ = ["BlockFit", "Reconstructing", "block_error", "reconstruct"]
 
@@ -62,7 +62,7 @@ def reconstruct(context: TrainingContext, inputs: str) -> dict[str, Any]:
     work = Reconstructing(context, inputs)
     work.run()
     draw_curves(read_log(context.folder.log), context.folder.curves)
-    (context.folder.fit / RESUME).unlink(missing_ok=True)
+    drop_resume(context.folder.fit)
     return {"blocks": work.figures, "peak_memory_bytes": peak_bytes(context.device)}
 
 
@@ -208,23 +208,18 @@ class Reconstructing:
         layers = [layer for block in self.blocks[: len(self.figures)] for layer in block.layers]
         sites = [name for block in self.blocks[: len(self.figures)] for name in block.activations]
         saved = {
-            "inputs": self.inputs,
             "start_db": self.start_db,
             "figures": self.figures,
             "weights": {layer: self.student.weight(layer).detach() for layer in layers},
             "scales": {name: self.student.activation_quantizers[name].log_scale.detach() for name in sites},
             "under_way": None if work is None else work.state_dict(),
         }
-        with atomic_write(self.folder / RESUME) as temporary:
-            torch.save(saved, temporary)
+        write_resume(self.folder, self.inputs, saved)
 
     @torch.no_grad()
     def _load_resume(self) -> None:
-        path = self.folder / RESUME
-        if not path.is_file():
-            return
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["inputs"] != self.inputs:
+        saved = read_resume(self.folder, self.inputs)
+        if saved is None:
             return
         self.start_db, self.figures, self.under_way = saved["start_db"], saved["figures"], saved["under_way"]
         for layer, weight in saved["weights"].items():
