@@ -11,6 +11,7 @@ import typer
 
 from sdq_deploy.cli import demo, evaluate, export, packages, train
 from sdq_deploy.cli.shared import Interrupted, InterruptibleGroup, status_console
+from sdq_deploy.processes import leave
 from sdq_engines.errors import SdqError
 
 __all__ = ["app", "run"]
@@ -79,22 +80,27 @@ def run(arguments: list[str] | None = None) -> None:
     """Entry point of the console script. Exits 0, 1 for an error, 2 for a wrong call, 130 for Ctrl-C."""
     try:
         code = app(args=arguments, standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        _exit(code if isinstance(code, int) else 0)
     except (Interrupted, KeyboardInterrupt, typer.Abort) as interrupt:
         status_console.print(f"\nInterrupted. {interrupt}".rstrip(), markup=False, soft_wrap=True)
-        sys.exit(130)
+        _exit(130)
     except _UsageError as error:
         error.show()
-        sys.exit(2)
+        _exit(2)
     except SdqError as error:
         _complain(error.message, error.hint)
-        sys.exit(1)
+        _exit(1)
     except Exception as error:
         sentence = _write_failure(error)
         if sentence is None:
             raise
         _complain(sentence, "What was finished before is kept.")
-        sys.exit(1)
+        _exit(1)
+
+
+def _exit(code: int) -> None:
+    leave(code)
+    sys.exit(code)
 
 
 def _write_failure(error: Exception) -> str | None:

@@ -20,6 +20,8 @@ import torch
 from torch import distributed
 from torch.multiprocessing.spawn import spawn
 
+from sdq_deploy.processes import leave
+
 __all__ = [
     "LoopConfig",
     "StepRandom",
@@ -128,7 +130,7 @@ def _run_rank(rank: int, task: Callable[[], None], processes: int, meeting: str)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
     task()
-    distributed.destroy_process_group()
+    leave()
 
 
 def _average_gradients(parameters: list[torch.nn.Parameter]) -> None:
