@@ -101,7 +101,7 @@ def make_vae_decoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module]
     return _finished(captured, dtype), module
 
 
-_captured: dict[tuple[Path, str, str], ir.Model] = {}
+_captured: dict[tuple[Path, str, bool, str], ir.Model] = {}
 
 
 def _capture_once(source: Source, what: str, make: Callable[[], ir.Model]) -> ir.Model:
@@ -110,7 +110,7 @@ def _capture_once(source: Source, what: str, make: Callable[[], ir.Model]) -> ir
     Tracing a UNet takes seconds whatever its size, and a demo exports the same small model several times. A large
     model's weights are not kept in memory for that.
     """
-    key = (source.folder, source.sha256, what)
+    key = (source.folder, source.sha256, source.splits_shortcuts, what)
     if key not in _captured:
         model = make()
         if (

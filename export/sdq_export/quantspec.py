@@ -92,6 +92,11 @@ class QuantSpec(_Frozen):
         return self
 
     @property
+    def splits_shortcuts(self) -> bool:
+        """Whether the sites are those of a denoiser with split shortcuts (`sdq_export.shortcuts`)."""
+        return any(site.layer.endswith(".conv_shortcut.skip") for site in self.weights)
+
+    @property
     def weight_sites(self) -> dict[str, WeightSite]:
         """Weight sites by layer."""
         return {site.layer: site for site in self.weights}

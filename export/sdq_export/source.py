@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from functools import cached_property
@@ -10,6 +11,8 @@ from typing import Any
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import sha256_file
+from sdq_export.quantspec import QuantSpec
+from sdq_export.shortcuts import split_shortcuts
 
 __all__ = ["Source", "load_source"]
 
@@ -29,6 +32,7 @@ class Source:
 
     def __init__(self, folder: Path, model: str, revision: str | None) -> None:
         self.folder, self.model, self.revision = folder, model, revision
+        self.splits_shortcuts = False
         self.index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
 
     @cached_property
@@ -48,7 +52,21 @@ class Source:
         """diffusers' UNet2DConditionModel."""
         from diffusers import UNet2DConditionModel
 
-        return self._component(UNet2DConditionModel, "unet")
+        whole = self._component(UNet2DConditionModel, "unet")
+        return split_shortcuts(whole) if self.splits_shortcuts else whole
+
+    def with_split_shortcuts(self) -> Source:
+        """This checkpoint with its denoiser's shortcuts split (`sdq_export.shortcuts`); the rest is shared."""
+        if self.splits_shortcuts:
+            return self
+        split = copy.copy(self)
+        split.__dict__.pop("unet", None)
+        split.splits_shortcuts = True
+        return split
+
+    def for_spec(self, spec: QuantSpec | None) -> Source:
+        """This checkpoint with the layers that the sites of `spec` name."""
+        return self.with_split_shortcuts() if spec is not None and spec.splits_shortcuts else self
 
     @cached_property
     def vae(self) -> Any:

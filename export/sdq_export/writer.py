@@ -83,6 +83,7 @@ def export_package(
         SdqError: the model has an unsupported form, the folder is not ours, or parity fails (nothing is written then).
     """
     _check_match(source, plan, checkpoint)
+    source = source.for_spec(checkpoint.spec if checkpoint else None)
     with _claimed(out) as folder:
         sd.check_source(source)
         components, report, samples = _make(source, plan, guidance_scale, checkpoint, dtype, prompts, on_stage)

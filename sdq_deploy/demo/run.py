@@ -214,7 +214,7 @@ def _untrained_images(
     found: dict[str, Images] = {}
     for method, title in METHODS.items():
         info, tensors = quantize_without_training(demo.settings.out / "run", method)
-        student = build_reference(source.unet, info.spec, tensors, torch.from_numpy(plan.timesteps))
+        student = build_reference(source.for_spec(info.spec).unet, info.spec, tensors, torch.from_numpy(plan.timesteps))
         found[title] = _torch_images(f"W4A8 untrained, {title}", source, student, plan, guidance, pairs)
     means = {title: float(compare_images(images, demo.images["FP"]).psnr.mean()) for title, images in found.items()}
     best = max(means, key=lambda title: means[title])

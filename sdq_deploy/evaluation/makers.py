@@ -66,7 +66,9 @@ def load_maker(
     if candidate.kind == "run":
         checkpoint = load_checkpoint(candidate.path)
         source = load_source(resolve_model(candidate.source.model), candidate.source.revision)
-        denoiser: nn.Module = build_reference(source.unet, checkpoint.spec, checkpoint.tensors, timesteps)
+        denoiser: nn.Module = build_reference(
+            source.for_spec(checkpoint.spec).unet, checkpoint.spec, checkpoint.tensors, timesteps
+        )
     else:
         source = load_source(resolve_model(candidate.path), candidate.source.revision)
         denoiser = StepDenoiser(copy.deepcopy(source.unet), timesteps).eval().requires_grad_(False)

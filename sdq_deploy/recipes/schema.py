@@ -67,6 +67,8 @@ class Quantization(_Section):
     """Glob over layer paths -> weight bits, overriding the precision's; the last that fits decides."""
     groups: int = Field(ge=0)
     """Scale groups of the activations; 0 for one per step, at most 50."""
+    split_shortcuts: bool = False
+    """Quantize the two halves of a concatenated skip input apart (Q-Diffusion)."""
     block_size: Literal[16, 32, 64, 128]
     """Of w4a16's Linear weights, along the input."""
 

@@ -60,8 +60,9 @@ class TrainingContext:
     def __init__(
         self, settings: TrainingSettings, source: Source, accelerator: Accelerator, progress: Progress
     ) -> None:
-        self.settings, self.source, self.accelerator, self.progress = settings, source, accelerator, progress
+        self.settings, self.accelerator, self.progress = settings, accelerator, progress
         self.recipe, self.seed = settings.recipe, settings.seed
+        self.source = source.with_split_shortcuts() if self.recipe.quantization.split_shortcuts else source
         self.folder = RunFolder(settings.out)
 
     @property
