@@ -21,6 +21,7 @@ from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.reference import build_reference
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.smoothing import smooth_, smoothed_sites
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser, time_tables
 from sdq_export.storage import round_weights_
@@ -72,7 +73,16 @@ def make_denoiser(
 ) -> DenoiserGraphs:
     """Capture the source's UNet, give it the reference's weights, and run the passes."""
     shape, tokens = sd.latent_shape(source), int(source.tokenizer.model_max_length)
-    captured = _capture_once(source, DENOISER, lambda: sd.capture_denoiser(source.unet, shape, tokens))
+    smoothed = smoothed_sites(checkpoint.spec, checkpoint.tensors) if checkpoint else ()
+
+    def capture() -> ir.Model:
+        if checkpoint is None or not smoothed:
+            return sd.capture_denoiser(source.unet, shape, tokens)
+        return sd.capture_denoiser(
+            smooth_(copy.deepcopy(source.unet), checkpoint.spec, checkpoint.tensors), shape, tokens
+        )
+
+    captured = _capture_once(source, f"{DENOISER} {smoothed}", capture)
     # the time path is in the UNet alone: its tables come from the source's own weights, as in training
     tables = time_tables(source.unet, torch.from_numpy(plan.timesteps))
     return build_denoiser(

@@ -19,11 +19,13 @@ from sdq_export.passes.prologue import CutPrologue, KeepPrologue
 from sdq_export.passes.qdq import QuantizeActivations
 from sdq_export.passes.quantize_weights import QuantizeWeights
 from sdq_export.passes.sampler_step import SamplerStep
+from sdq_export.passes.share_smoothing import ShareSmoothing
 from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.passes.time_tables import TimeTables
 from sdq_export.passes.timestep_scales import TimestepScales
 from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.smoothing import smoothed_sites
 
 __all__ = ["TEXT_INPUT", "DenoiserGraphs", "build_denoiser", "run_passes"]
 
@@ -105,7 +107,9 @@ def run_passes(model: ir.Model, passes: list[ir.passes.InPlacePass]) -> None:
 def _quantization(spec: QuantSpec, tensors: Tensors) -> list[ir.passes.InPlacePass]:
     constant = [site for site in spec.activations if site.num_groups == 1]
     stepped = [site for site in spec.activations if site.num_groups > 1]
+    smoothed = set(smoothed_sites(spec, tensors))
     return [
+        ShareSmoothing([site for site in spec.activations if site.name in smoothed]),
         QuantizeWeights(spec, tensors),
         QuantizeActivations(constant, tensors),
         TimestepScales(stepped, tensors),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sdq_export.checkpoint import dequantize_weight, scale_key, weight_key, weight_scale_key
 from sdq_export.quantspec import ActivationSite, QuantSpec, grid_limits
+from sdq_export.smoothing import smooth_
 from sdq_export.stepping import StepDenoiser, StepState
 
 __all__ = ["ActivationQuantizer", "build_reference", "fake_quantize"]
@@ -67,7 +68,7 @@ def build_reference(unet: nn.Module, spec: QuantSpec, tensors: Mapping[str, Tens
     Returns:
         A StepDenoiser in eval mode. Its activation quantizers are `denoiser.quantizers[site name]`.
     """
-    denoiser = StepDenoiser(copy.deepcopy(unet), timesteps)
+    denoiser = StepDenoiser(smooth_(copy.deepcopy(unet), spec, tensors), timesteps)
     model: Any = denoiser.unet
     weights = spec.weight_sites
     derived = {weight_key(layer) for layer in weights}

@@ -93,6 +93,8 @@ class Calibrate(_Section):
     search_power: float = Field(gt=0, le=8)
     samples_per_step: int = Field(ge=1)
     """Latents per step that the activation scales are computed from."""
+    smoothing: tuple[Rate, ...] = ()
+    """Migration strengths to try at each site, beside none; empty smooths nothing."""
 
 
 class Sensitivity(_Section):

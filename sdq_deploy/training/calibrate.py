@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import save_file
@@ -12,27 +12,30 @@ from torch import Tensor, nn
 from sdq_deploy.recipes.schema import Calibrate
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import SerialData, load_split
-from sdq_deploy.training.guidance import predict_outputs
 from sdq_deploy.training.search import max_scale, search_weight_scale
+from sdq_deploy.training.smoothing_search import channel_peaks, search_smoothing
 from sdq_engines.files import atomic_write
 from sdq_export.checkpoint import scale_key, weight_scale_key
-from sdq_export.quantspec import ActivationSite, QuantSpec
+from sdq_export.quantspec import QuantSpec
+from sdq_export.smoothing import smooth_, smoothed_sites, smoothing_key
 from sdq_export.stepping import StepDenoiser
 
 __all__ = ["activation_scales", "calibrate", "largest_activations", "weight_scales"]
 
-#: Latents that go through the denoiser together while activations are sampled.
-BATCH = 32
-
 
 def calibrate(context: TrainingContext) -> None:
-    """Compute the initial scales of every site and write them under the keys of the quantized checkpoint."""
+    """Compute the initial scales of every site, and factors, under the keys of the quantized checkpoint."""
     data = load_split(context.folder.dataset, "training")
-    spec, settings = context.spec, context.recipe.calibrate
-    with context.bar("calibrate", len(spec.weights) + context.plan.calls) as advance:
-        scales = weight_scales(context.source.unet, spec, settings, context.device, advance)
-        largest = largest_activations(context.teacher, spec, data, settings.samples_per_step, advance)
-        scales |= activation_scales(largest, spec)
+    spec, settings = context.spec, context.recipe.calibrate.model_copy(update={"smoothing": context.smoothing})
+    tries = len(settings.smoothing) + 1 if settings.smoothing else 0
+    with context.bar("calibrate", len(spec.weights) + context.plan.calls + tries) as advance:
+        peaks = channel_peaks(context.teacher, spec, data, settings.samples_per_step, advance)
+        factors = search_smoothing(context.teacher, spec, data, peaks, settings, advance) if tries else {}
+        for name in smoothed_sites(spec, factors):
+            peaks[name] = peaks[name] / factors[smoothing_key(name)]
+        smoothed = smooth_(copy.deepcopy(context.source.unet), spec, factors)
+        scales = weight_scales(smoothed, spec, settings, context.device, advance)
+        scales |= activation_scales({name: seen.amax(dim=1) for name, seen in peaks.items()}, spec) | factors
     if context.accelerator.is_main_process:
         with atomic_write(context.folder.scales) as temporary:
             save_file(scales, temporary)
@@ -53,45 +56,12 @@ def weight_scales(
     return scales
 
 
-@torch.no_grad()
 def largest_activations(
     denoiser: StepDenoiser, spec: QuantSpec, data: SerialData, samples_per_step: int, advance: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """Run the floating-point denoiser over the dataset, step by step: the largest magnitude at each site, f32 [T].
-
-    Both the prompt's and, under guidance, the empty prompt's pass are seen, as in inference. A step without latents
-    leaves a 0.
-    """
-    largest = {site.name: torch.zeros(spec.num_steps) for site in spec.activations}
-    device = next(denoiser.parameters()).device
-    empty = data.empty.to(device) if data.guided else None
-    for step in range(spec.num_steps):
-        rows = data.at_step(step, samples_per_step)
-        for part in torch.split(rows, BATCH) if len(rows) else ():  # the split of nothing is one empty part
-            with _watching(denoiser, spec, largest, step):
-                embeddings = data.embeddings[data.shard.prompt_ids[part]].to(device)
-                steps = data.shard.steps[part].to(device)
-                predict_outputs(denoiser, data.shard.latents[part].to(device), steps, embeddings, empty)
-        advance()
-    return largest
-
-
-@contextmanager
-def _watching(denoiser: StepDenoiser, spec: QuantSpec, largest: dict[str, Tensor], step: int) -> Iterator[None]:
-    def watch(site: ActivationSite) -> torch.utils.hooks.RemovableHandle:
-        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen = largest[site.name]
-            seen[step] = torch.maximum(seen[step], inputs[0].detach().float().abs().max().cpu())
-
-        module: nn.Module = denoiser.unet.get_submodule(site.consumers[0])
-        return module.register_forward_pre_hook(look)
-
-    handles = [watch(site) for site in spec.activations]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    """The largest magnitude at each site and step over the serial dataset, f32 [T]: see `channel_peaks`."""
+    peaks = channel_peaks(denoiser, spec, data, samples_per_step, advance)
+    return {name: seen.amax(dim=1) for name, seen in peaks.items()}
 
 
 def activation_scales(largest: dict[str, Tensor], spec: QuantSpec) -> dict[str, Tensor]:

@@ -114,6 +114,13 @@ class TrainingContext:
         )
 
     @property
+    def smoothing(self) -> tuple[float, ...]:
+        """Strengths to try, in our own method and where it starts from; the published peers bring their own."""
+        recipe = self.recipe
+        ours = recipe.method == "s2p" or (recipe.method == "ptq" and recipe.ptq.algorithm == "search")
+        return recipe.calibrate.smoothing if ours else ()
+
+    @property
     def _groups(self) -> int:
         """Scale groups of the activations, 0 for one a step: the published peers know one scale for all steps."""
         recipe = self.recipe

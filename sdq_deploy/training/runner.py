@@ -61,7 +61,8 @@ def _collect_inputs(context: TrainingContext) -> Any:
 
 
 def _calibrate_inputs(context: TrainingContext) -> Any:
-    return [context.spec.model_dump(mode="json"), context.recipe.calibrate.model_dump(mode="json")]
+    settings = context.recipe.calibrate.model_dump(mode="json") | {"smoothing": context.smoothing}
+    return [context.spec.model_dump(mode="json"), settings]
 
 
 def _fit_inputs(context: TrainingContext) -> Any:

@@ -14,6 +14,7 @@ from sdq_deploy.recipes.schema import Fit
 from sdq_deploy.training.modelopt_backend import activation_quantizers, insert_quantizers, weight_quantizers
 from sdq_export.checkpoint import quantize_weight, scale_key, weight_key, weight_scale_key
 from sdq_export.quantspec import QuantSpec
+from sdq_export.smoothing import smooth_, smoothed_sites, smoothing_key
 from sdq_export.stepping import StepDenoiser
 
 __all__ = ["Student", "parameter_groups"]
@@ -26,12 +27,15 @@ class Student:
         unet: the floating-point UNet; copied.
         timesteps: [T], the timestep of each step.
         spec: the sites.
-        scales: initial scales under their checkpoint keys.
+        scales: initial scales under their checkpoint keys, and the factors of smoothed sites.
     """
 
     def __init__(self, unet: nn.Module, timesteps: Tensor, spec: QuantSpec, scales: Mapping[str, Tensor]) -> None:
         self.spec = spec
-        self.denoiser = StepDenoiser(copy.deepcopy(unet), timesteps)
+        self.factors = {
+            smoothing_key(name): scales[smoothing_key(name)].float() for name in smoothed_sites(spec, scales)
+        }
+        self.denoiser = StepDenoiser(smooth_(copy.deepcopy(unet), spec, self.factors), timesteps)
         insert_quantizers(self.denoiser, spec, scales)
         self.denoiser.eval().requires_grad_(True)
         self.weight_quantizers = weight_quantizers(self.denoiser, spec)
@@ -80,7 +84,7 @@ class Student:
         }
         return {
             name: tensor.detach().cpu().contiguous().clone()
-            for name, tensor in {**others, **integers, **scales}.items()
+            for name, tensor in {**others, **integers, **scales, **self.factors}.items()
         }
 
     @contextmanager
