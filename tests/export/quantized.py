@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -20,24 +21,37 @@ from sdq_export.checkpoint import (
 from sdq_export.quantspec import QuantizedPrecision, QuantSpec, WeightSite, grid_limits
 from sdq_export.sampler import SamplerPlan
 from sdq_export.sites import find_sites
+from sdq_export.smoothing import INVERSE, smooth_, smoothing_key
 from sdq_export.source import Source
 
 TIME_PATH = ("time_embedding", "time_emb_proj")
 
 
 def quantized_checkpoint(
-    source: Source, plan: SamplerPlan, precision: QuantizedPrecision, groups: int | None = None, **options: Any
+    source: Source,
+    plan: SamplerPlan,
+    precision: QuantizedPrecision,
+    groups: int | None = None,
+    *,
+    smooth: bool = False,
+    **options: Any,
 ) -> QuantizedCheckpoint:
-    """A checkpoint of ``source`` whose per-step scales differ by up to a third between steps."""
-    unet = source.unet
-    spec = find_sites(unet, plan.calls, precision, groups=groups, **options)
-    kept = [name for name in unet.state_dict() if not any(part in name for part in TIME_PATH)]
+    """A checkpoint of ``source`` whose per-step scales differ by up to a third between steps.
+
+    Args:
+        smooth: divide the channels of every activation site by random factors.
+    """
+    spec = find_sites(source.unet, plan.calls, precision, groups=groups, **options)
+    factors = random_factors(source.unet, spec) if smooth else {}
+    unet: Any = smooth_(copy.deepcopy(source.unet), spec, factors)
+    left = (*TIME_PATH, INVERSE)
+    kept = [name for name in unet.state_dict() if not any(part in name for part in left)]
     tensors = {name: unet.state_dict()[name].clone() for name in kept}
     for site in spec.weights:
         weight = unet.get_submodule(site.layer).weight
         tensors[weight_scale_key(site.layer)] = scale = largest_value_scale(weight, site)
         tensors[weight_key(site.layer)] = quantize_weight(weight, scale, site)
-    tensors |= activation_scales(unet, spec)
+    tensors |= activation_scales(unet, spec) | factors
     info = CheckpointInfo(
         spec=spec,
         sampler=SamplerSettings(
@@ -49,6 +63,15 @@ def quantized_checkpoint(
         source=SourceRef(model=source.model, sha256=source.sha256),
     )
     return QuantizedCheckpoint(info, tensors)
+
+
+def random_factors(unet: Any, spec: QuantSpec) -> dict[str, Tensor]:
+    """A factor between 1/4 and 4 for each channel of each activation site."""
+    generator = torch.Generator().manual_seed(1)
+    widths = {site.name: unet.get_submodule(site.consumers[0]).weight.shape[1] for site in spec.activations}
+    return {
+        smoothing_key(name): 4 ** (2 * torch.rand(width, generator=generator) - 1) for name, width in widths.items()
+    }
 
 
 def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
