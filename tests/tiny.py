@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sdq_export.conditioning import Conditioning
 
 WIDTH, MAX_LENGTH = 32, 16
 
@@ -27,6 +29,11 @@ def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )
     return _randomize_norms(unet).eval().requires_grad_(False)
+
+
+def prompt_rows(text: Tensor) -> Conditioning:
+    """What a Stable Diffusion denoiser is told of prompts: their embeddings [n, L, D] alone."""
+    return Conditioning({"text_embeddings": text})
 
 
 def write_tiny_sd(folder: Path, seed: int = 0) -> Path:

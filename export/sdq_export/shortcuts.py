@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdq_engines.errors import SdqError
+
 __all__ = ["SplitShortcut", "split_shortcuts"]
 
 
@@ -47,7 +49,15 @@ def split_shortcuts(unet: nn.Module) -> nn.Module:
 
     Layers `<block>.conv_shortcut` become `<block>.conv_shortcut.hidden` and `<block>.conv_shortcut.skip`, which has the
     bias. Blocks without a shortcut convolution stay as they are.
+
+    Raises:
+        SdqError: the denoiser is no UNet.
     """
+    if not hasattr(unet, "up_blocks"):
+        raise SdqError(
+            f"split_shortcuts is for UNets; a {type(unet).__name__} has no shortcuts.",
+            "Leave it out: --set quantization.split_shortcuts=false",
+        )
     result: Any = copy.deepcopy(unet)
     channels = int(result.mid_block.resnets[-1].out_channels)
     for up_block in result.up_blocks:

@@ -33,7 +33,7 @@ def calibrate(context: TrainingContext) -> None:
         factors = search_smoothing(context.teacher, spec, data, peaks, settings, advance) if tries else {}
         for name in smoothed_sites(spec, factors):
             peaks[name] = peaks[name] / factors[smoothing_key(name)]
-        smoothed = smooth_(copy.deepcopy(context.source.unet), spec, factors)
+        smoothed = smooth_(copy.deepcopy(context.source.denoiser), spec, factors)
         scales = weight_scales(smoothed, spec, settings, context.device, advance)
         scales |= activation_scales({name: seen.amax(dim=1) for name, seen in peaks.items()}, spec) | factors
     if context.accelerator.is_main_process:
@@ -42,12 +42,12 @@ def calibrate(context: TrainingContext) -> None:
 
 
 def weight_scales(
-    unet: nn.Module, spec: QuantSpec, settings: Calibrate, device: torch.device, advance: Callable[[], None]
+    denoiser: nn.Module, spec: QuantSpec, settings: Calibrate, device: torch.device, advance: Callable[[], None]
 ) -> dict[str, Tensor]:
     """`<layer>.weight_scale` of every weight site, f32 on the CPU."""
     scales: dict[str, Tensor] = {}
     for site in spec.weights:
-        weight: Tensor = unet.get_parameter(f"{site.layer}.weight").to(device)
+        weight: Tensor = denoiser.get_parameter(f"{site.layer}.weight").to(device)
         found = search_weight_scale(
             weight, site.bits, site.block_size, points=settings.search_points, power=settings.search_power
         )

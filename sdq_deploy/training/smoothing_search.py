@@ -114,7 +114,7 @@ class _Candidate:
 def _candidate(
     denoiser: StepDenoiser, site: ActivationSite, spec: QuantSpec, peaks: Tensor, strength: float | None
 ) -> _Candidate:
-    modules = {layer: denoiser.unet.get_submodule(layer) for layer in site.consumers}
+    modules = {layer: denoiser.model.get_submodule(layer) for layer in site.consumers}
     raw = {layer: module.get_parameter("weight").detach().float() for layer, module in modules.items()}
     columns = torch.stack([weight.abs().flatten(2).amax(2).amax(0) if weight.ndim > 2 else weight.abs().amax(0)
                            for weight in raw.values()]).amax(0).cpu()  # fmt: skip
@@ -171,7 +171,7 @@ def _output_errors(
         errors[site.name] += float((found - output).square().sum())
 
     sites = [(site, layer) for site in spec.activations for layer in site.consumers]
-    names = {denoiser.unet.get_submodule(layer): layer for _, layer in sites}
+    names = {denoiser.model.get_submodule(layer): layer for _, layer in sites}
     for step in range(spec.num_steps):
         with _watching(denoiser, sites, step, look):
             _run_step(denoiser, data, step, samples_per_step)
@@ -191,9 +191,9 @@ def _run_step(denoiser: StepDenoiser, data: SerialData, step: int, samples: int)
     empty = data.empty.to(device) if data.guided else None
     rows = data.at_step(step, samples)
     for part in torch.split(rows, BATCH) if len(rows) else ():  # the split of nothing is one empty part
-        embeddings = data.embeddings[data.shard.prompt_ids[part]].to(device)
+        conditioning = data.conditioning[data.shard.prompt_ids[part]].to(device)
         steps = data.shard.steps[part].to(device)
-        predict_outputs(denoiser, data.shard.latents[part].to(device), steps, embeddings, empty)
+        predict_outputs(denoiser, data.shard.latents[part].to(device), steps, conditioning, empty)
 
 
 @contextmanager
@@ -209,7 +209,7 @@ def _watching(
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             look(site, step, module, inputs[0].detach().float(), output.detach().float())
 
-        module: nn.Module = denoiser.unet.get_submodule(layer)
+        module: nn.Module = denoiser.model.get_submodule(layer)
         return module.register_forward_hook(hook)
 
     handles = [watch(site, layer) for site, layer in sites]

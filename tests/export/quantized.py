@@ -41,9 +41,9 @@ def quantized_checkpoint(
     Args:
         smooth: divide the channels of every activation site by random factors.
     """
-    spec = find_sites(source.unet, plan.calls, precision, groups=groups, **options)
-    factors = random_factors(source.unet, spec) if smooth else {}
-    unet: Any = smooth_(copy.deepcopy(source.unet), spec, factors)
+    spec = find_sites(source.denoiser, plan.calls, precision, groups=groups, **options)
+    factors = random_factors(source.denoiser, spec) if smooth else {}
+    unet: Any = smooth_(copy.deepcopy(source.denoiser), spec, factors)
     left = (*TIME_PATH, INVERSE)
     kept = [name for name in unet.state_dict() if not any(part in name for part in left)]
     tensors = {name: unet.state_dict()[name].clone() for name in kept}

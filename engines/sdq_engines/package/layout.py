@@ -16,6 +16,8 @@ __all__ = [
     "VAE_DECODER",
     "engine_folder",
     "model_file",
+    "runs_per_prompt",
+    "tokenizer_file",
 ]
 
 MANIFEST = "manifest.json"
@@ -30,13 +32,24 @@ PROLOGUE = "prologue"
 DENOISER = "denoiser"
 VAE_DECODER = "vae_decoder"
 
-#: The ONNX components in the order in which a prompt passes through them.
+#: The components that every package has, in the order in which a prompt passes through them. A family with several text
+#: encoders adds `text_encoder_2`, ...; a package's own list is in its manifest.
 COMPONENTS = (TEXT_ENCODER, PROLOGUE, DENOISER, VAE_DECODER)
+
+
+def runs_per_prompt(component: str) -> bool:
+    """Whether it is a text encoder or the prologue: its batch counts texts, at most two an image."""
+    return component == PROLOGUE or component.startswith(TEXT_ENCODER)
 
 
 def model_file(component: str) -> str:
     """The component's ONNX file, relative to the package; its weights, if external, are beside it in `.data`."""
     return f"{component}/model.onnx"
+
+
+def tokenizer_file(tokenizer: str) -> str:
+    """The file of the tokenizer of this name, relative to the package."""
+    return f"{tokenizer}/tokenizer.json"
 
 
 def engine_folder(engine: str) -> str:
