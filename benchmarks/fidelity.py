@@ -1,6 +1,6 @@
 """Every method at the same sites, bits and data: how near its images stay to the floating-point model's.
 
-    python benchmarks/fidelity.py build/fidelity --images 2048          # about two hours on two cores
+    python benchmarks/fidelity.py build/fidelity --docs docs/fidelity.md    # about an hour and a half on two cores
     python benchmarks/fidelity.py build/fidelity --table ablation --images 512 --seeds 3
 
 Trains each row on shapes-64 with the serial dataset of the first, then runs `sdq-deploy evaluate` on all of them over
@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PRECISIONS = ("w8a8", "w4a8", "w4a16")
 S2P_PLAIN = ["--set", "fit.ild_weight=0", "--set", "freezing.enabled=false"]
 
 
@@ -27,6 +30,7 @@ class Row:
 
     name: str
     options: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = PRECISIONS
 
 
 METHODS = (
@@ -37,7 +41,8 @@ METHODS = (
     Row("ptq-mse", ("--method", "ptq", "--ptq-algorithm", "mse")),
     Row("ptq-max", ("--method", "ptq", "--ptq-algorithm", "max")),
     Row("ptq-percentile", ("--method", "ptq", "--ptq-algorithm", "percentile")),
-    Row("ptq-smoothquant", ("--method", "ptq", "--ptq-algorithm", "smoothquant")),
+    Row("ptq-smoothquant", ("--method", "ptq", "--ptq-algorithm", "smoothquant"), ("w8a8", "w4a8")),
+    Row("ptq-awq", ("--method", "ptq", "--ptq-algorithm", "awq"), ("w4a16",)),
 )
 
 # Time information precalculation has no row: the tables hold the very values of the layers they replace.
@@ -133,32 +138,52 @@ def differences(results: dict[str, Any], first: str) -> str:
     return "\n".join(lines)
 
 
+def insert(path: Path, name: str, text: str) -> None:
+    """Replace what stands between the comments `<!-- name -->` and `<!-- /name -->` of a Markdown file."""
+    before, opening, rest = path.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    _, closing, after = rest.partition(f"<!-- /{name} -->")
+    if not closing:
+        raise SystemExit(f"{path} has no place for the table {name}: <!-- {name} --> … <!-- /{name} -->")
+    path.write_text(f"{before}{opening}\n\n{text}\n{closing}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--table", choices=TABLES, default="methods")
-    parser.add_argument("--precision", choices=("w8a8", "w4a8"), default="w4a8")
+    parser.add_argument("--precision", choices=PRECISIONS, default="w4a8")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each row")
     parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--processes", type=int, default=2, help="rows trained, and images made, at once")
+    parser.add_argument("--docs", type=Path, help="put the tables in their place in this Markdown file")
     arguments = parser.parse_args()
+    # rows that train beside each other share the cores: more threads than cores wait for one another
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.processes))
     folder: Path = arguments.folder / f"{arguments.table}-{arguments.precision}"
     rows = [row for row in TABLES[arguments.table] if not arguments.only or row.name in arguments.only]
+    rows = [row for row in rows if arguments.precision in row.precisions]
     runs: dict[str, Path] = {}
     for seed in range(arguments.seeds):
-        first: Path | None = None
-        for row in rows:
-            name = row.name if arguments.seeds == 1 else f"{row.name}-seed{seed}"
-            runs[name] = folder / "runs" / name
-            train(row, runs[name], first, arguments.precision, seed)
-            first = first or runs[name]
+        named = {row.name if arguments.seeds == 1 else f"{row.name}-seed{seed}": row for row in rows}
+        runs |= (of_seed := {name: folder / "runs" / name for name in named})
+        first = next(iter(of_seed.values()))
+        with ThreadPoolExecutor(arguments.processes) as pool:
+            # all rows take the dataset of the first, which is there once its training has begun in earnest
+            train(rows[0], first, None, arguments.precision, seed)
+            rest = [(named[name], run) for name, run in of_seed.items() if run != first]
+            for done in [pool.submit(train, row, run, first, arguments.precision, seed) for row, run in rest]:
+                done.result()
     out = folder / "evaluation"
     candidates = [f"{name}={run}" for name, run in runs.items()]
-    options = ["--split", "held_out", "--num-images", str(arguments.images), "--processes", "2", "--out", str(out)]
+    options = ["--split", "held_out", "--num-images", str(arguments.images), "--out", str(out)]
+    options += ["--processes", str(arguments.processes)]
     sdq(["evaluate", *candidates, *options])
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     text = f"{table(results, runs)}\n\n{differences(results, next(iter(runs)))}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
+    if arguments.docs is not None:
+        insert(arguments.docs, f"{arguments.table}-{arguments.precision}", text)
     print(text)
 
 
