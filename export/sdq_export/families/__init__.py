@@ -7,10 +7,11 @@ from torch import nn
 from sdq_engines.errors import SdqError
 from sdq_export.families.base import Family
 from sdq_export.families.sd import StableDiffusion
+from sdq_export.families.sdxl import StableDiffusionXL
 
 __all__ = ["FAMILIES", "Family", "family_of", "family_of_pipeline"]
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(),)
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
 
 
 def family_of(denoiser: nn.Module) -> Family:
