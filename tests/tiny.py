@@ -1,106 +1,136 @@
-"""A tiny Stable Diffusion checkpoint of seeded random weights, normalizations too: ones and zeros hide errors."""
+"""Tiny checkpoints of every family: the published structure, few channels, seeded random weights, norms too."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTokenizer
 
-WIDTH, MAX_LENGTH = 32, 16
+from benchmarks.checkpoints import T5, clip_tokenizer, randomize_, t5_tokenizer, write_checkpoint
+
+WIDTH, MAX_LENGTH, T5_MAX_LENGTH = 32, 16, 24
+
+_UNET = {
+    "sample_size": 8,
+    "block_out_channels": [32, 32, 64],
+    "layers_per_block": 1,
+    "cross_attention_dim": WIDTH,
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+_VAE = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
+_TOKENIZER = {"model_max_length": MAX_LENGTH}
+_DDIM = {
+    "_class_name": ["diffusers", "DDIMScheduler"],
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 
 
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
     """Three levels, cross-attention in two, 8x8 latents; SD's structure in every respect but its size."""
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 32, 64),
-        layers_per_block=1,
-        cross_attention_dim=WIDTH,
-        norm_num_groups=8,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    return _randomize_norms(unet).eval().requires_grad_(False)
+    unet: UNet2DConditionModel = randomize_(UNet2DConditionModel(**_UNET), seed)
+    return unet
 
 
 def write_tiny_sd(folder: Path, seed: int = 0) -> Path:
-    """Write the checkpoint into `folder` and return it."""
-    tiny_unet(seed).save_pretrained(folder / "unet")
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=64,
+    """Stable Diffusion 1, with DDIM; 8x8 latents, 64x64 pixels. Returns the folder."""
+    changes = {"unet": _UNET, "vae": _VAE, "text_encoder": _clip(WIDTH), "tokenizer": _TOKENIZER, "scheduler": _DDIM}
+    return write_checkpoint(folder, "sd14", changes, seed=seed)
+
+
+def write_tiny_sd21(folder: Path, seed: int = 0) -> Path:
+    """Stable Diffusion 2.1: v-prediction, linear projections, another number of heads on each level."""
+    unet = {**_UNET, "attention_head_dim": [2, 4, 4], "use_linear_projection": True}
+    encoder = _clip(WIDTH) | {"hidden_act": "gelu"}
+    return write_checkpoint(
+        folder, "sd21", {"unet": unet, "vae": _VAE, "text_encoder": encoder, "tokenizer": _TOKENIZER}, seed=seed
     )
-    _randomize_norms(vae).save_pretrained(folder / "vae")
-    tokenizer = write_tiny_tokenizer(folder / "tokenizer")
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    _randomize_norms(CLIPTextModel(config)).save_pretrained(folder / "text_encoder")
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "_diffusers_version": "0.42.1",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+
+
+def write_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
+    """Stable Diffusion XL: two text encoders (32 and 24 channels), text and sizes in the time embedding."""
+    unet = {
+        "sample_size": 8,
+        "block_out_channels": [16, 32, 32],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "attention_head_dim": [2, 4, 4],
+        "transformer_layers_per_block": [1, 1, 2],
+        "cross_attention_dim": WIDTH + 24,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 24,
     }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    return folder
+    changes = {"unet": unet, "vae": _VAE, **_two_clips(24)}
+    return write_checkpoint(folder, "sdxl", changes, seed=seed)
+
+
+def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False) -> Path:
+    """Stable Diffusion 3: an MMDiT of three blocks, two CLIP encoders and, if wanted, a T5; 16-channel 8x8 latents."""
+    transformer = {
+        "sample_size": 8,
+        "num_layers": 3,
+        "num_attention_heads": 4,
+        "attention_head_dim": 8,
+        "caption_projection_dim": 32,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": WIDTH + 24,
+        "pos_embed_max_size": 12,
+    }
+    last = {
+        "d_model": 64,
+        "d_ff": 48,
+        "d_kv": 8,
+        "num_heads": 4,
+        "num_layers": 2,
+        "vocab_size": len(t5_tokenizer()),
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 16,
+    }
+    changes = {
+        "transformer": transformer,
+        "vae": _VAE,
+        **_two_clips(24),
+        "text_encoder_3": last,
+        "tokenizer_3": {"model_max_length": T5_MAX_LENGTH},
+    }
+    without: Collection[str] = () if t5 else T5
+    return write_checkpoint(folder, "sd3", changes, without=without, seed=seed)
 
 
 def write_tiny_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-level tokenizer with the 256 byte symbols, a few merges, and no words beyond."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    merges = ["r e", "re d</w>", "c i", "ci r", "cir c", "l e</w>", "circ le</w>"]
-    symbols = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
-    vocabulary = {symbol: index for index, symbol in enumerate([*symbols, "<|startoftext|>", "<|endoftext|>"])}
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
-    CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=MAX_LENGTH
-    ).save_pretrained(folder)
+    """CLIP's byte-level tokenizer with the 512 byte symbols, a few merges, and no words beyond."""
+    clip_tokenizer(MAX_LENGTH).save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _randomize_norms(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            nn.init.normal_(module.weight, 1.0, 0.2)
-            nn.init.normal_(module.bias, 0.0, 0.2)
-        elif isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-            nn.init.normal_(module.bias, 0.0, 0.1)
-    return model
+def _two_clips(second: int) -> dict[str, dict[str, Any]]:
+    """SDXL's and SD3's pair of text encoders; `second` is the width of the second."""
+    other = _clip(second) | {"hidden_act": "gelu", "num_hidden_layers": 3}
+    return {
+        "text_encoder": _clip(WIDTH),
+        "text_encoder_2": other,
+        "tokenizer": _TOKENIZER,
+        "tokenizer_2": _TOKENIZER,
+    }
+
+
+def _clip(width: int) -> dict[str, Any]:
+    return {
+        "vocab_size": len(clip_tokenizer()),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "projection_dim": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_LENGTH,
+    }
