@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from benchmarks.checkpoints import T5, clip_tokenizer, randomize_, t5_tokenizer, write_checkpoint
+from sdq_export.conditioning import Conditioning
 
 WIDTH, MAX_LENGTH, T5_MAX_LENGTH = 32, 16, 24
 
@@ -40,6 +42,11 @@ def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
     """Three levels, cross-attention in two, 8x8 latents; SD's structure in every respect but its size."""
     unet: UNet2DConditionModel = randomize_(UNet2DConditionModel(**_UNET), seed)
     return unet
+
+
+def prompt_rows(text: Tensor) -> Conditioning:
+    """What a Stable Diffusion denoiser is told of prompts: their embeddings [n, L, D] alone."""
+    return Conditioning({"text_embeddings": text})
 
 
 def write_tiny_sd(folder: Path, seed: int = 0) -> Path:

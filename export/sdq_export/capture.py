@@ -29,7 +29,7 @@ def capture(
     inputs: Mapping[str, Tensor],
     *,
     batched: Sequence[str],
-    output: str,
+    outputs: Sequence[str],
     batch: str = "batch",
     static: Mapping[str, Any] | None = None,
 ) -> ir.Model:
@@ -39,7 +39,7 @@ def capture(
         module: in eval mode, FP32.
         inputs: argument name -> an example, at least two samples where batched (a size of one would be specialized).
         batched: names of the inputs whose first axis is the batch.
-        output: name for the one output.
+        outputs: names for the outputs, in order.
         batch: the symbol for the batch size in every shape.
         static: further arguments that are not tensors.
 
@@ -58,7 +58,7 @@ def capture(
             dynamo=True,
             opset_version=OPSET,
             input_names=list(inputs),
-            output_names=[output],
+            output_names=list(outputs),
             verbose=False,
             custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: _attention},
         )

@@ -12,17 +12,19 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from sdq_engines.package.layout import DENOISER, PROLOGUE, TEXT_ENCODER, VAE_DECODER
+from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER
+from sdq_export.capture import capture
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.denoiser import DenoiserGraphs, build_denoiser, run_passes
-from sdq_export.families import sd
+from sdq_export.families.base import TextEncoder
+from sdq_export.families.vae import VaeDecoder, capture_vae_decoder
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
 from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.reference import build_reference
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.source import Source
-from sdq_export.stepping import StepDenoiser, time_tables
+from sdq_export.stepping import StepDenoiser
 from sdq_export.storage import round_weights_
 
 __all__ = ["Components", "Dtype", "make_denoiser", "make_reference", "make_text_encoder", "make_vae_decoder"]
@@ -35,16 +37,17 @@ Dtype = Literal["fp32", "fp16"]
 
 @dataclass(frozen=True)
 class Components:
-    """The four graphs."""
+    """The graphs of a package."""
 
-    text_encoder: ir.Model
+    text_encoders: dict[str, ir.Model]
+    """By component."""
     denoiser: DenoiserGraphs
     vae_decoder: ir.Model
 
     def by_name(self) -> dict[str, ir.Model]:
-        """Component name -> graph."""
+        """Component name -> graph, in the order in which a prompt passes through them."""
         return {
-            TEXT_ENCODER: self.text_encoder,
+            **self.text_encoders,
             PROLOGUE: self.denoiser.prologue,
             DENOISER: self.denoiser.denoiser,
             VAE_DECODER: self.vae_decoder,
@@ -57,48 +60,58 @@ def make_reference(
     """The torch denoiser that the package must equal: fake-quantized or not, its weights as they will be stored."""
     timesteps = torch.from_numpy(plan.timesteps)
     if checkpoint is None:
-        reference = StepDenoiser(copy.deepcopy(source.unet), timesteps).eval().requires_grad_(False)
+        reference = StepDenoiser(copy.deepcopy(source.denoiser), timesteps).eval().requires_grad_(False)
         integers: set[str] = set()
     else:
-        reference = build_reference(source.unet, checkpoint.spec, checkpoint.tensors, timesteps)
+        reference = build_reference(source.denoiser, checkpoint.spec, checkpoint.tensors, timesteps)
         integers = {site.layer for site in checkpoint.spec.weights}
     if dtype == "fp16":
-        round_weights_(reference.unet, skip=integers)
+        round_weights_(reference.model, skip=integers)
     return reference
 
 
 def make_denoiser(
     source: Source, plan: SamplerPlan, reference: StepDenoiser, checkpoint: QuantizedCheckpoint | None, dtype: Dtype
 ) -> DenoiserGraphs:
-    """Capture the source's UNet, give it the reference's weights, and run the passes."""
-    shape, tokens = sd.latent_shape(source), int(source.tokenizer.model_max_length)
-    captured = _capture_once(source, DENOISER, lambda: sd.capture_denoiser(source.unet, shape, tokens))
-    # the time path is in the UNet alone: its tables come from the source's own weights, as in training
-    tables = time_tables(source.unet, torch.from_numpy(plan.timesteps))
+    """Capture the source's denoiser, give it the reference's weights, and run the passes."""
+    family, shape = source.family, source.family.latent_shape(source)
+    captured = _capture_once(source, DENOISER, lambda: family.capture_denoiser(source.denoiser, shape, _tokens(source)))
+    # the time path is in the denoiser alone: its tables come from the source's own weights, as in training
+    tables = family.time_tables(source.denoiser, torch.from_numpy(plan.timesteps))
     return build_denoiser(
         captured,
-        {block: table.numpy() for block, table in tables.items()},
+        family.cuts(tables),
         plan,
         shape,
-        weights={name: tensor.numpy() for name, tensor in reference.unet.state_dict().items()},
+        weights={name: tensor.numpy() for name, tensor in reference.model.state_dict().items()},
         spec=checkpoint.spec if checkpoint else None,
         tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
         store_fp16=dtype == "fp16",
     )
 
 
-def make_text_encoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
-    """The text encoder's graph, and the torch module that it equals."""
-    module, tokens = _stored(source.text_encoder, dtype), int(source.tokenizer.model_max_length)
-    captured = _capture_once(source, f"{TEXT_ENCODER} {dtype}", lambda: sd.capture_text_encoder(module, tokens))
+def make_text_encoder(source: Source, encoder: TextEncoder, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
+    """A text encoder's graph, and the torch module that it equals."""
+    module = encoder.wrap(_stored(source.part(encoder.component), dtype))
+    example = torch.zeros(2, int(source.part(encoder.tokenizer).model_max_length), dtype=torch.int64)
+    captured = _capture_once(
+        source,
+        f"{encoder.component} {dtype}",
+        lambda: capture(module, {"input_ids": example}, batched=["input_ids"], outputs=encoder.outputs),
+    )
     return _finished(captured, dtype), module
 
 
 def make_vae_decoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
-    """The decoder's graph, and the torch VAE that it equals."""
-    module, shape = _stored(source.vae, dtype), sd.latent_shape(source)
-    captured = _capture_once(source, f"{VAE_DECODER} {dtype}", lambda: sd.capture_vae_decoder(module, shape))
+    """The decoder's graph, and the torch module that it equals."""
+    module, shape = VaeDecoder(_stored(source.vae, dtype)), source.family.latent_shape(source)
+    captured = _capture_once(source, f"{VAE_DECODER} {dtype}", lambda: capture_vae_decoder(module, shape))
     return _finished(captured, dtype), module
+
+
+def _tokens(source: Source) -> int:
+    """L of the first text encoder."""
+    return int(source.part(source.family.text_encoders[0].tokenizer).model_max_length)
 
 
 _captured: dict[tuple[Path, str, str], ir.Model] = {}

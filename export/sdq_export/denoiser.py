@@ -1,4 +1,4 @@
-"""The canonical graphs of a denoiser: the whole step and its prologue, from a captured UNet by a list of passes."""
+"""The canonical graphs of a denoiser: the whole step and its prologue, from a captured one by a list of passes."""
 
 from __future__ import annotations
 
@@ -6,28 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sdq_engines.errors import SdqError
+from sdq_export.families.base import GraphCuts
 from sdq_export.passes.assign_weights import AssignWeights
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
 from sdq_export.passes.int4_weights import PackInt4Weights
 from sdq_export.passes.name_nodes import NameNodes
-from sdq_export.passes.prologue import CutPrologue, KeepPrologue
 from sdq_export.passes.qdq import QuantizeActivations
 from sdq_export.passes.quantize_weights import QuantizeWeights
 from sdq_export.passes.sampler_step import SamplerStep
 from sdq_export.passes.store_fp16 import StoreFp16
-from sdq_export.passes.time_tables import TimeTables
 from sdq_export.passes.timestep_scales import TimestepScales
 from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler.plan import SamplerPlan
 
-__all__ = ["TEXT_INPUT", "DenoiserGraphs", "build_denoiser", "run_passes"]
+__all__ = ["DenoiserGraphs", "build_denoiser", "run_passes"]
 
-TEXT_INPUT = "text_embeddings"
 Tensors = Mapping[str, NDArray[Any]]
 
 
@@ -38,12 +35,12 @@ class DenoiserGraphs:
     denoiser: ir.Model
     """The whole step."""
     prologue: ir.Model
-    """Keys and values of the text."""
+    """What depends on the prompts alone: keys and values of the text, and time rows where they depend on the prompt."""
 
 
 def build_denoiser(
     captured: ir.Model,
-    tables: Tensors,
+    cuts: GraphCuts,
     plan: SamplerPlan,
     latent_shape: tuple[int, int, int],
     *,
@@ -55,8 +52,8 @@ def build_denoiser(
     """Run the passes.
 
     Args:
-        captured: the UNet with inputs ``sample, timestep, text_embeddings``; it is used up.
-        tables: path of each ResNet block -> float32 [T, C].
+        captured: as `Family.capture_denoiser` gives it; it is used up.
+        cuts: what divides it in two, by the family.
         plan: the sampler.
         latent_shape: C, h, w.
         weights: torch parameter name -> the value to use instead of the captured one.
@@ -70,14 +67,13 @@ def build_denoiser(
     run_passes(captured, [NameNodes(), AssignWeights(weights or {})])
     prologue = captured.clone()
     storage = [StoreFp16()] if store_fp16 else []
-    run_passes(prologue, [KeepPrologue(TEXT_INPUT), *storage, ClearNotes()])
+    run_passes(prologue, [*cuts.prologue, *storage, ClearNotes()])
     quantization = _quantization(spec, tensors or {}) if spec is not None else []
     step = SamplerStep(plan.history, plan.stochastic, latent_shape)
     run_passes(
         captured,
         [
-            TimeTables({block: np.asarray(table, np.float32) for block, table in tables.items()}),
-            CutPrologue(TEXT_INPUT),
+            *cuts.denoiser,
             *quantization,
             step,
             RemoveDeadCode(),

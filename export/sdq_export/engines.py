@@ -9,7 +9,6 @@ from sdq_engines.backends.registry import backend
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import DENOISER, PROLOGUE
 from sdq_engines.package.store import Package
-from sdq_export.denoiser import TEXT_INPUT
 from sdq_export.parity import Criterion, ParityReport, TeacherSamples, check_engine
 from sdq_export.writer import ExportResult
 
@@ -64,8 +63,8 @@ def _measure(session: Session, engine: str, result: ExportResult) -> Criterion:
 def _prompt(session: Session, samples: TeacherSamples, most: int) -> dict[str, np.ndarray]:
     """The prologue's outputs for all samples, by the engine's own prologue, as many at once as it takes."""
     prologue = session.component(PROLOGUE)
-    embeddings = samples.embeddings.numpy()
-    parts = [prologue.run({TEXT_INPUT: embeddings[at : at + most]}) for at in range(0, len(embeddings), most)]
+    conditioning = samples.conditioning
+    parts = [prologue.run(conditioning[at : at + most].numpy()) for at in range(0, len(conditioning), most)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -74,7 +73,7 @@ def _reference_distances(result: ExportResult, steps: list[int]) -> np.ndarray:
     for criterion in result.report.criteria:
         if criterion.name == "quantized_graph":
             return np.array(criterion.reference_by_sample)
-    return np.zeros((len(steps), len(result.samples.embeddings) // 2))
+    return np.zeros((len(steps), len(result.samples.conditioning) // 2))
 
 
 def _drop(package: Package, engine: str) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sdq_export.checkpoint import dequantize_weight, scale_key, weight_key, weight_scale_key
 from sdq_export.quantspec import ActivationSite, QuantSpec, grid_limits
-from sdq_export.stepping import StepDenoiser, StepState
+from sdq_export.step_state import StepState
+from sdq_export.stepping import StepDenoiser
 
 __all__ = ["ActivationQuantizer", "build_reference", "fake_quantize"]
 
@@ -55,11 +56,13 @@ class ActivationQuantizer(nn.Module):
         return fake_quantize(x, scale, self.bits).to(x.dtype)
 
 
-def build_reference(unet: nn.Module, spec: QuantSpec, tensors: Mapping[str, Tensor], timesteps: Tensor) -> StepDenoiser:
+def build_reference(
+    original: nn.Module, spec: QuantSpec, tensors: Mapping[str, Tensor], timesteps: Tensor
+) -> StepDenoiser:
     """Build the fake-quantized denoiser of a checkpoint.
 
     Args:
-        unet: the source's UNet; it is copied, not changed.
+        original: the source's denoiser; it is copied, not changed.
         spec: the sites.
         tensors: the checkpoint's, keyed as sdq_export.checkpoint says.
         timesteps: [T], the timestep of each step.
@@ -67,8 +70,8 @@ def build_reference(unet: nn.Module, spec: QuantSpec, tensors: Mapping[str, Tens
     Returns:
         A StepDenoiser in eval mode. Its activation quantizers are `denoiser.quantizers[site name]`.
     """
-    denoiser = StepDenoiser(copy.deepcopy(unet), timesteps)
-    model: Any = denoiser.unet
+    denoiser = StepDenoiser(copy.deepcopy(original), timesteps)
+    model: Any = denoiser.model
     weights = spec.weight_sites
     derived = {weight_key(layer) for layer in weights}
     derived |= {weight_scale_key(layer) for layer in weights} | {scale_key(site.name) for site in spec.activations}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from torch import nn
 
+from sdq_export.families import family_of
 from sdq_export.quantspec import ActivationSite, OpKind, QuantizedPrecision, QuantSpec, WeightSite
 
 __all__ = ["DEFAULT_KEEP", "MAX_DEFAULT_GROUPS", "find_sites", "step_groups"]
@@ -18,7 +19,6 @@ DEFAULT_KEEP = ("conv_in", "conv_out")
 #: One scale per step up to this many steps, then as many groups of consecutive steps.
 MAX_DEFAULT_GROUPS = 50
 
-_TIME_PATH = ("time_proj", "time_embedding", "time_emb_proj")
 _WEIGHT_BITS = {"w8a8": 8, "w4a8": 4, "w4a16": 4}
 
 
@@ -29,7 +29,7 @@ def step_groups(num_steps: int, groups: int | None) -> tuple[int, ...]:
 
 
 def find_sites(
-    unet: nn.Module,
+    denoiser: nn.Module,
     num_steps: int,
     precision: QuantizedPrecision,
     *,
@@ -38,15 +38,15 @@ def find_sites(
     groups: int | None = None,
     block_size: int = 64,
 ) -> QuantSpec:
-    """List the sites of a UNet.
+    """List the sites of a denoiser.
 
-    1. Every Conv2d and Linear is a weight site, but for the time path (precomputed), the keys and values of
-       cross-attention (the prologue computes them) and the layers that a glob of `keep` names.
+    1. Every Conv2d and Linear is a weight site, but for what is precomputed by step or by prompt (the family says
+       which, `Family.quantizable_layers`) and the layers that a glob of `keep` names.
     2. Each weight site's input is an activation site; query, key and value of one self-attention share theirs.
     3. w4a16: Linear layers have 4-bit weights in blocks along the input and no activation site, Conv2d is w8a8.
 
     Args:
-        unet: UNet2DConditionModel, its time path in place or replaced.
+        denoiser: its time path in place or replaced.
         num_steps: T, model calls in one full run.
         keep: globs over layer paths that stay in floating point.
         bits: glob -> weight bits (4 or 8), overriding the precision's; the last glob that fits decides.
@@ -55,9 +55,10 @@ def find_sites(
     """
     weights: list[WeightSite] = []
     readers: dict[str, list[str]] = {}
-    for layer, module in unet.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear) or _left_out(unet, layer, keep):
+    for layer, tensor in family_of(denoiser).quantizable_layers(denoiser).items():
+        if any(fnmatchcase(layer, glob) for glob in keep):
             continue
+        module = denoiser.get_submodule(layer)
         op: OpKind = "conv" if isinstance(module, nn.Conv2d) else "linear"
         weight_only = precision == "w4a16" and op == "linear"
         default = 8 if precision == "w4a16" and op == "conv" else _WEIGHT_BITS[precision]
@@ -65,32 +66,13 @@ def find_sites(
         block = _fitting_block(cast(nn.Linear, module).in_features, block_size) if weight_only and chosen == 4 else None
         weights.append(WeightSite(layer=layer, op=op, bits=chosen, block_size=block))
         if not weight_only:
-            readers.setdefault(_input_tensor(unet, layer), []).append(layer)
+            readers.setdefault(tensor, []).append(layer)
     grouped = step_groups(num_steps, groups)
     activations = [
         ActivationSite(name=f"{layers[0]}.input", consumers=tuple(layers), groups=grouped)
         for layers in readers.values()
     ]
     return QuantSpec(precision=precision, num_steps=num_steps, weights=tuple(weights), activations=tuple(activations))
-
-
-def _input_tensor(unet: nn.Module, layer: str) -> str:
-    """A name for the tensor that the layer reads: its attention's for query, key and value, else its own."""
-    owner, _, part = layer.rpartition(".")
-    shares = part in ("to_q", "to_k", "to_v") and not _is_cross_attention(unet.get_submodule(owner))
-    return owner if shares else layer
-
-
-def _is_cross_attention(module: Any) -> bool:
-    return bool(getattr(module, "is_cross_attention", False))
-
-
-def _left_out(unet: nn.Module, layer: str, keep: Sequence[str]) -> bool:
-    parts = layer.split(".")
-    if any(part in _TIME_PATH for part in parts) or any(fnmatchcase(layer, glob) for glob in keep):
-        return True
-    owner = unet.get_submodule(".".join(parts[:-1]))
-    return parts[-1] in ("to_k", "to_v") and _is_cross_attention(owner)
 
 
 def _bits_of(layer: str, bits: Mapping[str, int], default: int) -> int:

@@ -3,73 +3,81 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import sha256_file
 
+if TYPE_CHECKING:
+    from sdq_export.families import Family
+
 __all__ = ["Source", "load_source"]
 
-_WEIGHTS = ("unet", "vae", "text_encoder")
 _PATTERNS = ["*.json", "*.txt", "*.safetensors", "LICENSE*", "README.md"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Source:
-    """A Stable Diffusion checkpoint in diffusers' layout. Components load on first use: torch, FP32, eval, on the CPU.
+    """A checkpoint in diffusers' layout. Parts load on first use: torch, FP32, eval, on the CPU.
 
     Args:
         folder: the local folder.
         model: what the user named, a path or a hub id.
         revision: the hub's revision, if any.
+
+    Raises:
+        SdqError: its pipeline is of no supported family.
+        ValueError: model_index.json is not valid JSON.
     """
 
     def __init__(self, folder: Path, model: str, revision: str | None) -> None:
         self.folder, self.model, self.revision = folder, model, revision
         self.index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        self.family = _family(model, self.index)
+        self._parts: dict[str, Any] = {}
 
     @cached_property
     def sha256(self) -> str:
         """Hash over the denoiser's weight files, in hexadecimal."""
-        return self.weights_sha256("unet")
+        return self.weights_sha256(self.family.denoiser)
 
-    def weights_sha256(self, component: str) -> str:
-        """Hash over the weight files of "unet", "vae" or "text_encoder", in hexadecimal."""
-        files = self._weight_files(component)
+    @property
+    def weighted_parts(self) -> list[str]:
+        """The parts that have weights: denoiser, VAE, text encoders."""
+        return [part for part in self.family.parts if not part.startswith("tokenizer")]
+
+    def weights_sha256(self, part: str) -> str:
+        """Hash over the weight files of a part such as "unet" or "text_encoder", in hexadecimal."""
+        files = self._weight_files(part)
         if len(files) == 1:
             return sha256_file(files[0])
         return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
-    @cached_property
-    def unet(self) -> Any:
-        """diffusers' UNet2DConditionModel."""
-        from diffusers import UNet2DConditionModel
+    def part(self, name: str) -> Any:
+        """A model or tokenizer of the family's `parts`, loaded once.
 
-        return self._component(UNet2DConditionModel, "unet")
+        Raises:
+            SdqError: its files are damaged.
+        """
+        if name not in self._parts:
+            library, _, kind = self.family.parts[name].rpartition(".")
+            loader = getattr(importlib.import_module(library), kind)
+            self._parts[name] = self._model(loader, name) if name in self.weighted_parts else self._plain(loader, name)
+        return self._parts[name]
 
-    @cached_property
+    @property
+    def denoiser(self) -> Any:
+        """The denoiser, e.g. diffusers' UNet2DConditionModel."""
+        return self.part(self.family.denoiser)
+
+    @property
     def vae(self) -> Any:
         """diffusers' AutoencoderKL."""
-        from diffusers import AutoencoderKL
-
-        return self._component(AutoencoderKL, "vae")
-
-    @cached_property
-    def text_encoder(self) -> Any:
-        """transformers' CLIPTextModel."""
-        from transformers import CLIPTextModel
-
-        return self._component(CLIPTextModel, "text_encoder")
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """transformers' CLIPTokenizer."""
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+        return self.part("vae")
 
     @cached_property
     def scheduler(self) -> Any:
@@ -79,19 +87,14 @@ class Source:
         name = self.index["scheduler"][1]
         return getattr(diffusers, name).from_pretrained(self.folder / "scheduler", local_files_only=True)
 
-    def pipeline(self, scheduler: Any, kind: str = "StableDiffusionPipeline") -> Any:
-        """diffusers' own pipeline of these components, silent and without a safety checker; `kind` is its class."""
+    def pipeline(self, scheduler: Any, kind: str | None = None) -> Any:
+        """diffusers' own pipeline of these parts, silent; `kind` is its class, by default the family's."""
         import diffusers
 
-        made = getattr(diffusers, kind)(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
+        made = getattr(diffusers, kind or self.family.pipeline)(
+            **{part: self.part(part) for part in self.family.parts},
             scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **self.family.pipeline_options(self),
         )
         made.set_progress_bar_config(disable=True)
         return made
@@ -101,13 +104,16 @@ class Source:
         """The licence that travels with the package, if the checkpoint brings one."""
         return next(iter(sorted(self.folder.glob("LICENSE*"))), None)
 
-    def _weight_files(self, component: str) -> list[Path]:
-        """The component's safetensors: the plain ones where there are any, else the fp16 variant's."""
-        files = sorted((self.folder / component).glob("*.safetensors"))
+    def _weight_files(self, part: str) -> list[Path]:
+        """The part's safetensors: the plain ones where there are any, else the fp16 variant's."""
+        files = sorted((self.folder / part).glob("*.safetensors"))
         plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
         return plain or [file for file in files if ".fp16" in file.name]
 
-    def _component(self, kind: Any, name: str) -> Any:
+    def _plain(self, kind: Any, name: str) -> Any:
+        return kind.from_pretrained(self.folder / name, local_files_only=True)
+
+    def _model(self, kind: Any, name: str) -> Any:
         import torch
 
         variant = "fp16" if all(".fp16" in file.name for file in self._weight_files(name)) else None
@@ -146,27 +152,33 @@ def load_source(model: str | Path, revision: str | None = None) -> Source:
         source = Source(folder.resolve(), str(model), revision)
     except ValueError as error:
         raise SdqError(f"The model_index.json of {model} is not valid JSON: {error}.") from error
-    if source.index.get("_class_name") != "StableDiffusionPipeline":
-        raise SdqError(
-            f"{model} is a {source.index.get('_class_name')}; this version takes StableDiffusionPipeline checkpoints "
-            "(Stable Diffusion 1.x and 2.x)."
-        )
-    for name in _WEIGHTS:
-        _check_weights(source, name)
+    for part in source.weighted_parts:
+        _check_weights(source, part)
     return source
 
 
-def _check_weights(source: Source, component: str) -> None:
-    if source._weight_files(component):
+def _family(model: str, index: dict[str, Any]) -> Family:
+    from sdq_export.families import FAMILIES, family_of_pipeline
+
+    pipeline = str(index.get("_class_name"))
+    family = family_of_pipeline(pipeline)
+    if family is None:
+        known = ", ".join(each.pipeline for each in FAMILIES)
+        raise SdqError(f"{model} is a {pipeline}; supported are checkpoints of {known}.", "See docs/families.md.")
+    return family
+
+
+def _check_weights(source: Source, part: str) -> None:
+    if source._weight_files(part):
         return
-    pickles = [file.name for file in (source.folder / component).glob("*") if file.suffix in _PICKLES]
+    pickles = [file.name for file in (source.folder / part).glob("*") if file.suffix in _PICKLES]
     if pickles:
         raise SdqError(
-            f"The {component} of {source.model} comes as a pickle ({pickles[0]}), "
+            f"The {part} of {source.model} comes as a pickle ({pickles[0]}), "
             "and loading a pickle can run any code; safetensors are wanted.",
             "Convert it where you trust it: load it with diffusers and save_pretrained(..., safe_serialization=True).",
         )
-    raise SdqError(f"{source.model} has no {component}/*.safetensors.")
+    raise SdqError(f"{source.model} has no {part}/*.safetensors.")
 
 
 def _from_hub(model: str, revision: str | None) -> Path:

@@ -7,8 +7,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import TOKENIZER
+from sdq_engines.package.layout import tokenizer_file
 from sdq_engines.package.schema import TextInfo
+from sdq_export.families.base import TextEncoder
+from sdq_export.source import Source
 
 __all__ = ["text_info", "tokenizer_json"]
 
@@ -46,10 +48,12 @@ def tokenizer_json(tokenizer: Any) -> str:
     return str(copied.to_str())
 
 
-def text_info(tokenizer: Any) -> TextInfo:
-    """What the manifest says about it."""
+def text_info(source: Source, encoder: TextEncoder) -> TextInfo:
+    """What the manifest says about a text encoder's tokenizer."""
+    tokenizer = source.part(encoder.tokenizer)
     return TextInfo(
-        tokenizer=TOKENIZER,
+        component=encoder.component,
+        tokenizer=tokenizer_file(encoder.tokenizer),
         max_length=int(tokenizer.model_max_length),
         pad_token_id=int(tokenizer.pad_token_id),
         bos_token_id=int(tokenizer.bos_token_id),

@@ -18,13 +18,12 @@ from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_bytes, claim_output, folder_kind, remove_empty_parents
 from sdq_engines.lowering.save import save_graph
 from sdq_engines.package.editor import PackageEditor
-from sdq_engines.package.layout import LICENSE, MANIFEST, NOTICE, SAMPLER, TOKENIZER, model_file
+from sdq_engines.package.layout import LICENSE, MANIFEST, NOTICE, SAMPLER, model_file, tokenizer_file
 from sdq_engines.package.paths import is_inside
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
 from sdq_engines.package.store import Package, read_manifest
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.components import Components, Dtype, make_denoiser, make_reference, make_text_encoder, make_vae_decoder
-from sdq_export.families import sd
 from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
 from sdq_export.parity.components import check_text_encoder, check_vae_decoder
 from sdq_export.parity.samples import PARITY_PROMPTS
@@ -84,7 +83,7 @@ def export_package(
     """
     _check_match(source, plan, checkpoint)
     with _claimed(out) as folder:
-        sd.check_source(source)
+        source.family.check_source(source)
         components, report, samples = _make(source, plan, guidance_scale, checkpoint, dtype, prompts, on_stage)
         report.require()
         on_stage("writing", 0, 0)
@@ -137,10 +136,8 @@ def _make(
     on_stage("sampling with the floating-point model", 0, plan.calls)
     started = time.perf_counter()
     samples = record_teacher(
-        source.unet,
+        source,
         plan,
-        sd.latent_shape(source),
-        lambda texts: sd.encode_prompts(source, texts),
         guidance_scale,
         prompts,
         lambda step: on_stage("sampling with the floating-point model", step + 1, plan.calls),
@@ -158,17 +155,18 @@ def _make(
         steps,
         on_stage=lambda name, done, total: on_stage(f"parity, {name.replace('_', ' ')}", done, total),
     )
-    on_stage("capturing the text encoder", 0, 0)
-    text_encoder, torch_encoder = make_text_encoder(source, dtype)
+    others = []
+    text_encoders = {}
+    for encoder in source.family.text_encoders:
+        on_stage(f"capturing the {encoder.component.replace('_', ' ')}", 0, 0)
+        graph, module = make_text_encoder(source, encoder, dtype)
+        others.append(check_text_encoder(graph, module, source, encoder, prompts))
+        text_encoders[encoder.component] = graph
     on_stage("capturing the VAE decoder", 0, 0)
-    vae_decoder, torch_vae = make_vae_decoder(source, dtype)
-    on_stage("parity, text encoder and VAE", 0, 0)
-    others = (
-        check_text_encoder(text_encoder, torch_encoder, source.tokenizer, prompts),
-        check_vae_decoder(vae_decoder, torch_vae, samples.model_inputs[-1][:1]),
-    )
+    vae_decoder, module = make_vae_decoder(source, dtype)
+    others.append(check_vae_decoder(vae_decoder, module, samples.model_inputs[-1][:1]))
     report = ParityReport(criteria=(*report.criteria, *others))
-    return Components(text_encoder, denoiser, vae_decoder), report, samples
+    return Components(text_encoders, denoiser, vae_decoder), report, samples
 
 
 def _parity_steps(calls: int, seconds_per_call: float) -> list[int]:
@@ -188,18 +186,17 @@ def _manifest(
     components: Components,
     report: ParityReport,
 ) -> Manifest:
-    channels, height, width = sd.latent_shape(source)
-    factor = sd.pixels_per_latent(source)
+    family = source.family
     return Manifest(
         name=folder.resolve().name,
-        family=sd.FAMILY,
+        family=family.name,
         precision=checkpoint.spec.precision if checkpoint else dtype,
         io=ModelIO(
-            latent_shape=(channels, height, width),
-            image_size=(height * factor, width * factor),
+            latent_shape=family.latent_shape(source),
+            image_size=family.image_size(source),
             prologue_outputs=prologue_names(components.denoiser.prologue),
         ),
-        text=[text_info(source.tokenizer)],
+        text=[text_info(source, encoder) for encoder in family.text_encoders],
         sampler=SamplerInfo(
             scheduler=plan.scheduler,
             config=plan.config,
@@ -261,7 +258,10 @@ def _stage(staging: Path, source: Source, plan: SamplerPlan, components: Compone
     for name, model in components.by_name().items():
         onnx.checker.check_model(str(save_graph(model, staging / name)), full_check=True)
     files = {
-        TOKENIZER: tokenizer_json(source.tokenizer).encode("utf-8"),
+        **{
+            tokenizer_file(encoder.tokenizer): tokenizer_json(source.part(encoder.tokenizer)).encode("utf-8")
+            for encoder in source.family.text_encoders
+        },
         SAMPLER: plan.to_bytes(),
         NOTICE: notice(source, manifest.source).encode("utf-8"),
     }

@@ -20,26 +20,21 @@ def time_eager(model: str, manifest: Manifest, batch: int, runs: int) -> dict[st
         batch: images per call.
         runs: of each timing.
     """
-    import torch
-
-    pipeline = _pipeline(model, manifest)
-    unet = pipeline.unet
-    latents = torch.randn(2 * batch, *manifest.io.latent_shape)
-    text = torch.randn(2 * batch, manifest.text[0].max_length, unet.config.cross_attention_dim)
-    with torch.inference_mode():
-        step = measure(lambda: unet(latents, 500, encoder_hidden_states=text), runs)
-        whole = measure(lambda: _images(pipeline, manifest, batch), max(3, runs // 2), warm_up=1)
-    return {"denoiser": step, "end_to_end": whole}
-
-
-def _pipeline(model: str, manifest: Manifest) -> Any:
     import diffusers
+    import torch
 
     from sdq_export.source import load_source
 
     source = load_source(resolve_model(model))
     scheduler = getattr(diffusers, manifest.sampler.scheduler).from_config(manifest.sampler.config)
-    return source.pipeline(scheduler)
+    pipeline = source.pipeline(scheduler)
+    family = source.family
+    latents, timestep = torch.randn(2 * batch, *manifest.io.latent_shape), torch.tensor(500.0)
+    prompts = family.encode_prompts(source, [PROMPT]).expand(2 * batch)
+    with torch.inference_mode():
+        step = measure(lambda: family.predict(source.denoiser, latents, timestep, prompts), runs)
+        whole = measure(lambda: _images(pipeline, manifest, batch), max(3, runs // 2), warm_up=1)
+    return {"denoiser": step, "end_to_end": whole}
 
 
 def _images(pipeline: Any, manifest: Manifest, batch: int) -> Any:

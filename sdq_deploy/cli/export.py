@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_DEFAULT_STEPS, _DEFAULT_GUIDANCE = 50, 7.5
-"""diffusers' own, for a MODEL exported without saying otherwise."""
-
 
 @dataclass(frozen=True)
 class _Job:
@@ -62,10 +59,10 @@ def export(
     ] = "fp16",
     scheduler: Annotated[str | None, typer.Option(help="A MODEL's sampler; its own if not given.")] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(help=f"A MODEL's steps; {_DEFAULT_STEPS} if not given.")
+        int | None, typer.Option(help="A MODEL's steps; its pipeline's own if not given.")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help=f"The package's default; the run's, or {_DEFAULT_GUIDANCE} for a MODEL.")
+        float | None, typer.Option(help="The package's default; the run's, or a MODEL's own pipeline's.")
     ] = None,
     batch: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="Images per call of the engines.")] = "1,1,4",
     revision: Annotated[str | None, typer.Option(help="Of a MODEL on the hub.")] = None,
@@ -186,8 +183,8 @@ def _open_model(model: str, revision: str | None, scheduler: str | None, steps: 
     source = load_source(resolve_model(model), revision)
     own = source.scheduler
     made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
-    plan = compile_sampler(made, _DEFAULT_STEPS if steps is None else steps)
-    return _Job(source, plan, _DEFAULT_GUIDANCE, None)
+    plan = compile_sampler(made, source.family.default_steps if steps is None else steps)
+    return _Job(source, plan, source.family.default_guidance, None)
 
 
 @contextmanager

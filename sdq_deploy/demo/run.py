@@ -148,8 +148,8 @@ def _teacher_images(
 
     from sdq_export.stepping import StepDenoiser
 
-    teacher = StepDenoiser(copy.deepcopy(source.unet), torch.from_numpy(plan.timesteps)).eval()
-    weights = sum(file.stat().st_size for file in (source.folder / "unet").glob("*.safetensors"))
+    teacher = StepDenoiser(copy.deepcopy(source.denoiser), torch.from_numpy(plan.timesteps)).eval()
+    weights = sum(file.stat().st_size for file in (source.folder / source.family.denoiser).glob("*.safetensors"))
     images = _torch_images("floating point", source, teacher, plan, guidance, pairs)
     _add_variant(demo, "FP", "torch, FP32", images, pairs, denoiser_bytes=weights)
 
@@ -214,7 +214,7 @@ def _untrained_images(
     found: dict[str, Images] = {}
     for method, title in METHODS.items():
         info, tensors = quantize_without_training(demo.settings.out / "run", method)
-        student = build_reference(source.unet, info.spec, tensors, torch.from_numpy(plan.timesteps))
+        student = build_reference(source.denoiser, info.spec, tensors, torch.from_numpy(plan.timesteps))
         found[title] = _torch_images(f"W4A8 untrained, {title}", source, student, plan, guidance, pairs)
     means = {title: float(compare_images(images, demo.images["FP"]).psnr.mean()) for title, images in found.items()}
     best = max(means, key=lambda title: means[title])

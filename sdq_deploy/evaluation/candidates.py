@@ -18,7 +18,6 @@ from sdq_engines.package.layout import ENGINES
 from sdq_engines.package.store import open_package
 from sdq_engines.runtime.pipeline import Pipeline
 from sdq_export.checkpoint import CHECKPOINT_FOLDER, SamplerSettings, SourceRef, load_checkpoint
-from sdq_export.families.sd import latent_shape, pixels_per_latent
 from sdq_export.source import Source, load_source
 
 __all__ = ["Candidate", "find_reference", "open_candidates"]
@@ -161,8 +160,8 @@ def _open_run(name: str, folder: Path) -> Candidate:
         path=str(folder),
         source=checkpoint.info.source,
         sampler=checkpoint.info.sampler,
-        image_size=_image_size(source),
-        latent_shape=latent_shape(source),
+        image_size=source.family.image_size(source),
+        latent_shape=source.family.latent_shape(source),
         identity=_digest("run", files, _model_identity(source)),
         precision=checkpoint.info.spec.precision,
         num_bytes=sum(file.stat().st_size for file in inner.iterdir() if file.is_file()),
@@ -177,20 +176,14 @@ def _open_model(name: str, model: str, revision: str | None = None) -> Candidate
         path=model,
         source=SourceRef(model=model, revision=revision, sha256=source.sha256),
         sampler=None,
-        image_size=_image_size(source),
-        latent_shape=latent_shape(source),
+        image_size=source.family.image_size(source),
+        latent_shape=source.family.latent_shape(source),
         identity=_digest("model", _model_identity(source)),
     )
 
 
-def _image_size(source: Source) -> tuple[int, int]:
-    _, height, width = latent_shape(source)
-    factor = pixels_per_latent(source)
-    return height * factor, width * factor
-
-
 def _model_identity(source: Source) -> dict[str, str]:
-    return {part: source.weights_sha256(part) for part in ("unet", "vae", "text_encoder")}
+    return {part: source.weights_sha256(part) for part in source.weighted_parts}
 
 
 def _digest(*parts: Any) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdq_deploy.training.guidance import guide, predict_outputs
-from sdq_export.families.sd import encode_prompts, latent_shape
+from sdq_export.families.vae import VaeDecoder
 from sdq_export.sampler import SamplerPlan, run_sampler
 from sdq_export.source import Source
 
@@ -35,8 +35,8 @@ def sample_latents(
     Each seed drives a CPU generator of its own, for the starting noise and for what a stochastic sampler adds.
 
     Args:
-        source: brings the text encoder, which stays where it is.
-        denoiser: on `device`; called as (latents [2N, C, h, w], steps int64 [2N], text_embeddings [2N, L, D]).
+        source: brings the text encoders, which stay where they are.
+        denoiser: on `device`; called as (latents [2N, C, h, w], steps int64 [2N], conditioning of 2N prompts).
         plan: the sampler.
         prompts, seeds: N of each.
         guidance_scale: w in uncond + w (cond - uncond); 1 or less is none, as in diffusers.
@@ -44,14 +44,15 @@ def sample_latents(
         on_latents: hears (step, latents) after each step.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    shape = latent_shape(source)
+    family = source.family
+    shape = family.latent_shape(source)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    text = encode_prompts(source, list(prompts)).to(device)
-    empty = encode_prompts(source, [""]).to(device) if guidance_scale > 1 else None
+    conditioning = family.encode_prompts(source, list(prompts)).to(device)
+    empty = family.encode_prompts(source, [None]).to(device) if guidance_scale > 1 else None
 
     def predict(model_input: Tensor, step: int) -> Tensor:
-        steps = torch.full((len(text),), step, device=device)
-        return guide(predict_outputs(denoiser, model_input, steps, text, empty), guidance_scale)
+        steps = torch.full((len(prompts),), step, device=device)
+        return guide(predict_outputs(denoiser, model_input, steps, conditioning, empty), guidance_scale)
 
     return run_sampler(plan, predict, noise, generator=generators, on_latents=on_latents)
 
@@ -59,8 +60,7 @@ def sample_latents(
 @torch.no_grad()
 def decode(source: Source, latents: Tensor) -> NDArray[np.uint8]:
     """Images uint8 [N, H, W, 3] of latents [N, C, h, w], rounded as diffusers rounds."""
-    images = source.vae.decode(latents / source.vae.config.scaling_factor).sample
-    scaled = (images / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
+    scaled = VaeDecoder(source.vae)(latents).permute(0, 2, 3, 1) * 255
     pixels: NDArray[np.uint8] = scaled.round().to(torch.uint8).cpu().numpy()
     return pixels
 

@@ -66,10 +66,10 @@ def load_maker(
     if candidate.kind == "run":
         checkpoint = load_checkpoint(candidate.path)
         source = load_source(resolve_model(candidate.source.model), candidate.source.revision)
-        denoiser: nn.Module = build_reference(source.unet, checkpoint.spec, checkpoint.tensors, timesteps)
+        denoiser: nn.Module = build_reference(source.denoiser, checkpoint.spec, checkpoint.tensors, timesteps)
     else:
         source = load_source(resolve_model(candidate.path), candidate.source.revision)
-        denoiser = StepDenoiser(copy.deepcopy(source.unet), timesteps).eval().requires_grad_(False)
+        denoiser = StepDenoiser(copy.deepcopy(source.denoiser), timesteps).eval().requires_grad_(False)
     return TorchMaker(source, denoiser, plan, sampler.guidance_scale, device)
 
 
@@ -85,8 +85,8 @@ class TorchMaker:
     """Images by a denoiser in torch; see `Maker`.
 
     Args:
-        source: brings text encoder and VAE; its VAE is moved to the device.
-        denoiser: takes (latents, steps, text embeddings); it is moved to the device.
+        source: brings text encoders and VAE; its VAE is moved to the device.
+        denoiser: takes (latents, steps, conditioning); it is moved to the device.
         plan: the sampler.
         guidance_scale: of classifier-free guidance.
         device: where to compute.

@@ -18,6 +18,7 @@ from sdq_deploy.training.dataset import SerialData
 from sdq_deploy.training.guidance import ModelOutputs, guide
 from sdq_deploy.training.prompts import stable_seed
 from sdq_engines.errors import SdqError
+from sdq_export.conditioning import Conditioning
 
 __all__ = ["Batch", "BatchSource", "make_source"]
 
@@ -29,15 +30,15 @@ class Batch:
     Attributes:
         latents: f32 [B, C, h, w], the model's input.
         steps: int64 [B].
-        embeddings: f32 [B, L, D].
-        empty: f32 [1, L, D]; None without guidance.
+        conditioning: of B prompts.
+        empty: of the empty prompt; None without guidance.
         target: the teacher's outputs where the dataset holds them.
     """
 
     latents: Tensor
     steps: Tensor
-    embeddings: Tensor
-    empty: Tensor | None
+    conditioning: Conditioning
+    empty: Conditioning | None
     target: ModelOutputs | None
 
 
@@ -72,8 +73,8 @@ class _Source:
         self.part = slice(share * context.accelerator.process_index, share * (context.accelerator.process_index + 1))
         self.empty = data.empty.to(self.device) if data.guided else None
 
-    def embeddings(self, prompt_ids: Tensor) -> Tensor:
-        return self.data.embeddings[prompt_ids].to(self.device)
+    def conditioning(self, prompt_ids: Tensor) -> Conditioning:
+        return self.data.conditioning[prompt_ids].to(self.device)
 
     def generator(self, *parts: str | int) -> torch.Generator:
         return torch.Generator().manual_seed(stable_seed(self.context.seed, *parts))
@@ -110,7 +111,7 @@ class SerialToParallelSource(_Source):
         return Batch(
             latents=shard.latents[rows].to(self.device),
             steps=shard.steps[rows].to(self.device),
-            embeddings=self.embeddings(shard.prompt_ids[rows]),
+            conditioning=self.conditioning(shard.prompt_ids[rows]),
             empty=self.empty,
             target=ModelOutputs(shard.conditional[rows].to(self.device), blank),
         )
@@ -132,7 +133,7 @@ class ParallelSource(_Source):
         return Batch(
             latents=latents[self.part].to(self.device),
             steps=steps[self.part].to(self.device),
-            embeddings=self.embeddings(prompts[self.part]),
+            conditioning=self.conditioning(prompts[self.part]),
             empty=self.empty,
             target=None,
         )
@@ -150,7 +151,7 @@ class SerialSource(_Source):
         """The student's latents at the next step; noise at the first."""
         plan, shape = self.context.plan, self.data.shard.noise.shape[1:]
         round_, step = divmod(iteration, plan.calls)
-        prompts = self.drawn(len(self.data.embeddings), round_, "prompts")[self.part]
+        prompts = self.drawn(len(self.data.conditioning), round_, "prompts")[self.part]
         if step == 0 or self.slots is None:
             noise = torch.randn((self.total, *shape), generator=self.generator("noise", round_))[self.part]
             self.slots = torch.zeros(len(prompts), plan.slots, *shape, device=self.device)
@@ -159,7 +160,7 @@ class SerialSource(_Source):
         return Batch(
             latents=torch.einsum("s,bschw->bchw", u, self.slots),
             steps=torch.full((len(prompts),), step, device=self.device),
-            embeddings=self.embeddings(prompts),
+            conditioning=self.conditioning(prompts),
             empty=self.empty,
             target=None,
         )

@@ -30,7 +30,7 @@ def calibrate(context: TrainingContext) -> None:
     data = load_split(context.folder.dataset, "training")
     spec, settings = context.spec, context.recipe.calibrate
     with context.bar("calibrate", len(spec.weights) + context.plan.calls) as advance:
-        scales = weight_scales(context.source.unet, spec, settings, context.device, advance)
+        scales = weight_scales(context.source.denoiser, spec, settings, context.device, advance)
         largest = largest_activations(context.teacher, spec, data, settings.samples_per_step, advance)
         scales |= activation_scales(largest, spec)
     if context.accelerator.is_main_process:
@@ -39,12 +39,12 @@ def calibrate(context: TrainingContext) -> None:
 
 
 def weight_scales(
-    unet: nn.Module, spec: QuantSpec, settings: Calibrate, device: torch.device, advance: Callable[[], None]
+    denoiser: nn.Module, spec: QuantSpec, settings: Calibrate, device: torch.device, advance: Callable[[], None]
 ) -> dict[str, Tensor]:
     """`<layer>.weight_scale` of every weight site, f32 on the CPU."""
     scales: dict[str, Tensor] = {}
     for site in spec.weights:
-        weight: Tensor = unet.get_parameter(f"{site.layer}.weight").to(device)
+        weight: Tensor = denoiser.get_parameter(f"{site.layer}.weight").to(device)
         found = search_weight_scale(
             weight, site.bits, site.block_size, points=settings.search_points, power=settings.search_power
         )
@@ -69,9 +69,9 @@ def largest_activations(
         rows = data.at_step(step, samples_per_step)
         for part in torch.split(rows, BATCH) if len(rows) else ():  # the split of nothing is one empty part
             with _watching(denoiser, spec, largest, step):
-                embeddings = data.embeddings[data.shard.prompt_ids[part]].to(device)
+                conditioning = data.conditioning[data.shard.prompt_ids[part]].to(device)
                 steps = data.shard.steps[part].to(device)
-                predict_outputs(denoiser, data.shard.latents[part].to(device), steps, embeddings, empty)
+                predict_outputs(denoiser, data.shard.latents[part].to(device), steps, conditioning, empty)
         advance()
     return largest
 
@@ -83,7 +83,7 @@ def _watching(denoiser: StepDenoiser, spec: QuantSpec, largest: dict[str, Tensor
             seen = largest[site.name]
             seen[step] = torch.maximum(seen[step], inputs[0].detach().float().abs().max().cpu())
 
-        module: nn.Module = denoiser.unet.get_submodule(site.consumers[0])
+        module: nn.Module = denoiser.model.get_submodule(site.consumers[0])
         return module.register_forward_pre_hook(look)
 
     handles = [watch(site) for site in spec.activations]

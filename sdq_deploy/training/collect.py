@@ -8,18 +8,16 @@ loses the shards under way, no more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdq_deploy.training.context import TrainingContext
-from sdq_deploy.training.dataset import EMBEDDINGS, INDEX, Shard, shard_is_whole, shard_name, shard_of
+from sdq_deploy.training.dataset import INDEX, Shard, load_prompts, save_prompts, shard_is_whole, shard_name, shard_of
 from sdq_deploy.training.guidance import ModelOutputs, guide, predict_outputs
 from sdq_deploy.training.prompts import stable_seed
-from sdq_engines.files import atomic_write, atomic_write_json
-from sdq_export.families.sd import encode_prompts
+from sdq_engines.files import atomic_write_json
+from sdq_export.conditioning import Conditioning
 from sdq_export.sampler import run_sampler
 
 __all__ = ["collect", "collect_shard", "kept_steps", "starting_noise"]
@@ -37,14 +35,14 @@ def collect(context: TrainingContext, inputs: str) -> None:
     work = _shards_of(context)
     if accelerator.is_main_process:
         _remove_others(context, [name for name, _, _ in work])
-        _write_embeddings(context)
+        _write_prompts(context)
     accelerator.wait_for_everyone()
-    embeddings = _read_embeddings(context)
+    prompts = load_prompts(folder)
     mine = work[accelerator.process_index :: accelerator.num_processes]
     missing = [item for item in mine if not shard_is_whole(folder / item[0], inputs)]
     with context.bar("collect", len(mine), len(mine) - len(missing)) as advance:
         for name, split, members in missing:
-            shard = collect_shard(context, split, members, embeddings[split][members], embeddings["empty"])
+            shard = collect_shard(context, split, members, prompts[split][members], prompts["empty"])
             shard.save(folder / name, inputs)
             advance()
     accelerator.wait_for_everyone()
@@ -72,18 +70,20 @@ def _remove_others(context: TrainingContext, wanted: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def collect_shard(context: TrainingContext, split: str, members: range, embeddings: Tensor, empty: Tensor) -> Shard:
+def collect_shard(
+    context: TrainingContext, split: str, members: range, conditioning: Conditioning, empty: Conditioning
+) -> Shard:
     """Run the teacher from noise to the end for the prompts `members` and keep the latents of their chosen steps.
 
     Args:
         context: the training.
         split: "training" or "validation"; of the latter every step is kept.
         members: positions of the prompts in the split.
-        embeddings: f32 [P, L, D] of these prompts.
-        empty: f32 [1, L, D].
+        conditioning: of these prompts.
+        empty: of the empty prompt.
     """
     scale, device = context.recipe.sampling.guidance_scale, context.device
-    embeddings, blank = embeddings.to(device), empty.to(device) if scale != 1 else None
+    conditioning, blank = conditioning.to(device), empty.to(device) if scale != 1 else None
     generators = [torch.Generator().manual_seed(stable_seed(context.seed, split, member)) for member in members]
     noise = starting_noise(context, generators)
     chosen = torch.stack([kept_steps(context, split, member) for member in members])
@@ -92,7 +92,7 @@ def collect_shard(context: TrainingContext, split: str, members: range, embeddin
 
     def predict(model_input: Tensor, step: int) -> Tensor:
         steps = torch.full((len(members),), step, device=device)
-        answers.append(predict_outputs(context.teacher, model_input, steps, embeddings, blank))
+        answers.append(predict_outputs(context.teacher, model_input, steps, conditioning, blank))
         return guide(answers[-1], scale)
 
     def keep(step: int, model_input: Tensor, _: Tensor) -> None:
@@ -117,10 +117,7 @@ def collect_shard(context: TrainingContext, split: str, members: range, embeddin
 
 def starting_noise(context: TrainingContext, generators: Sequence[torch.Generator]) -> Tensor:
     """Unit noise f32 [P, C, h, w] on the CPU, one generator per sample, as diffusers draws it."""
-    config: Any = context.source.unet.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, config.in_channels, height, width)
+    shape = (1, *context.source.family.latent_shape(context.source))
     return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
 
@@ -134,17 +131,10 @@ def kept_steps(context: TrainingContext, split: str, member: int) -> Tensor:
     return torch.zeros(calls, dtype=torch.bool).index_fill_(0, chosen, True)
 
 
-def _write_embeddings(context: TrainingContext) -> None:
+def _write_prompts(context: TrainingContext) -> None:
     source, prompts = context.source, context.prompts
-    source.text_encoder.to(context.device)
-    tensors = {
-        "training": encode_prompts(source, prompts.training),
-        "validation": encode_prompts(source, prompts.validation),
-        "empty": encode_prompts(source, [""]),
-    }
-    with atomic_write(context.folder.dataset / EMBEDDINGS) as temporary:
-        save_file(tensors, temporary)
-
-
-def _read_embeddings(context: TrainingContext) -> dict[str, Tensor]:
-    return load_file(context.folder.dataset / EMBEDDINGS)
+    family = source.family
+    for encoder in family.text_encoders:
+        source.part(encoder.component).to(context.device)
+    lists = {"training": prompts.training, "validation": prompts.validation, "empty": [None]}
+    save_prompts(context.folder.dataset, {name: family.encode_prompts(source, each) for name, each in lists.items()})

@@ -95,7 +95,7 @@ class TrainingContext:
     @cached_property
     def teacher(self) -> StepDenoiser:
         """The floating-point denoiser by step, on the device, without gradients."""
-        denoiser = StepDenoiser(copy.deepcopy(self.source.unet), self.timesteps)
+        denoiser = StepDenoiser(copy.deepcopy(self.source.denoiser), self.timesteps)
         return denoiser.to(self.device).eval().requires_grad_(False)
 
     @cached_property
@@ -103,7 +103,7 @@ class TrainingContext:
         """The sites."""
         wanted = self.recipe.quantization
         return find_sites(
-            self.source.unet,
+            self.source.denoiser,
             self.plan.calls,
             wanted.precision,
             keep=wanted.keep,

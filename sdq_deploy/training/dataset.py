@@ -1,12 +1,13 @@
 """The serial dataset on disk and in memory.
 
 index.json      what the shards were made from, and their names
-prompts.safetensors   text embeddings, f32: "training" [P, L, D], "validation" [V, L, D], "empty" [1, L, D]
+prompts.safetensors   what the denoiser is told of the prompts of "training", "validation" and "empty", by name
 training-*.safetensors, validation-*.safetensors   per kept latent: what the model saw and what the teacher answered
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdq_engines.files import atomic_write
+from sdq_export.conditioning import Conditioning
 
-__all__ = ["EMBEDDINGS", "INDEX", "SerialData", "Shard", "load_split", "shard_is_whole", "shard_name", "shard_of"]
+__all__ = [
+    "INDEX",
+    "SerialData",
+    "Shard",
+    "load_prompts",
+    "load_split",
+    "save_prompts",
+    "shard_is_whole",
+    "shard_name",
+    "shard_of",
+]
 
 INDEX = "index.json"
-EMBEDDINGS = "prompts.safetensors"
+PROMPTS = "prompts.safetensors"
 
 
 def shard_name(split: str, number: int) -> str:
@@ -73,13 +85,13 @@ def shard_of(tensors: dict[str, Tensor]) -> Shard:
 
 @dataclass(frozen=True)
 class SerialData:
-    """A split of the dataset in memory: its shards joined, and the embeddings of its prompts."""
+    """A split of the dataset in memory: its shards joined, and what the denoiser is told of its prompts."""
 
     shard: Shard
-    embeddings: Tensor
-    """f32 [P, L, D]."""
-    empty: Tensor
-    """f32 [1, L, D], the empty prompt's."""
+    conditioning: Conditioning
+    """Of the split's prompts."""
+    empty: Conditioning
+    """Of the empty prompt."""
 
     def __len__(self) -> int:
         return self.shard.latents.shape[0]
@@ -98,5 +110,18 @@ def load_split(folder: Path, split: str) -> SerialData:
     """Join the shards of "training" or "validation"."""
     parts = [load_file(path) for path in sorted(folder.glob(f"{split}-*.safetensors"))]
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    embeddings = load_file(folder / EMBEDDINGS)
-    return SerialData(shard_of(joined), embeddings[split], embeddings["empty"])
+    prompts = load_prompts(folder)
+    return SerialData(shard_of(joined), prompts[split], prompts["empty"])
+
+
+def save_prompts(folder: Path, prompts: Mapping[str, Conditioning]) -> None:
+    """Write the conditioning of "training", "validation" and "empty"."""
+    tensors = {name: tensor for prefix, each in prompts.items() for name, tensor in each.named(prefix).items()}
+    with atomic_write(folder / PROMPTS) as temporary:
+        save_file(tensors, temporary)
+
+
+def load_prompts(folder: Path) -> dict[str, Conditioning]:
+    """Read what `save_prompts` wrote."""
+    tensors = load_file(folder / PROMPTS)
+    return {name: Conditioning.from_named(tensors, name) for name in ("training", "validation", "empty")}

@@ -31,6 +31,7 @@ from sdq_deploy.training.result import write_result
 from sdq_deploy.training.resume import drop_resume, read_resume, write_resume
 from sdq_deploy.training.student import Student, parameter_groups
 from sdq_deploy.training.trajectory import trajectory_snr
+from sdq_export.conditioning import Conditioning
 from sdq_export.stepping import StepDenoiser
 
 __all__ = ["FitPlan", "Fitting", "Schedule", "fit", "full_training", "learning_rate_factor"]
@@ -62,7 +63,7 @@ class FitPlan:
 def full_training(context: TrainingContext) -> FitPlan:
     """Ours: every parameter of the student learns, by the recipe as it is."""
     recipe = context.recipe
-    student = Student(context.source.unet, context.timesteps, context.spec, load_file(context.folder.scales))
+    student = Student(context.source.denoiser, context.timesteps, context.spec, load_file(context.folder.scales))
     sensitive: list[str] = json.loads(context.folder.sensitivity.read_text(encoding="utf-8"))["sensitive"]
     return FitPlan(recipe.fit, recipe.freezing, student, parameter_groups(student, recipe.fit), sensitive)
 
@@ -103,8 +104,8 @@ class _Trainee(nn.Module):
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(self, latents: Tensor, steps: Tensor, text_embeddings: Tensor) -> Tensor:
-        output: Tensor = self.denoiser(latents, steps, text_embeddings)
+    def forward(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Tensor:
+        output: Tensor = self.denoiser(latents, steps, conditioning)
         return output
 
 
@@ -183,7 +184,7 @@ class Fitting:
             with self.accelerator.autocast():
                 _, features = self._teach(batch, layers)
         with layer_outputs(self.student.denoiser, layers) as hidden:
-            outputs = predict_outputs(self.trainee, batch.latents, batch.steps, batch.embeddings, batch.empty)
+            outputs = predict_outputs(self.trainee, batch.latents, batch.steps, batch.conditioning, batch.empty)
         scale, weights = self.context.recipe.sampling.guidance_scale, self.step_weights[batch.steps]
         losses = {"loss_output": output_loss(outputs, target, self.recipe.loss, scale, weights)}
         losses["loss"] = losses["loss_output"]
@@ -196,7 +197,7 @@ class Fitting:
     def _teach(self, batch: Batch, layers: list[str]) -> tuple[ModelOutputs, dict[str, Tensor]]:
         teacher = self.context.teacher
         with layer_outputs(teacher, layers) as hidden:
-            outputs = predict_outputs(teacher, batch.latents, batch.steps, batch.embeddings, batch.empty)
+            outputs = predict_outputs(teacher, batch.latents, batch.steps, batch.conditioning, batch.empty)
         return outputs, dict(hidden)
 
     def _validate(self) -> dict[str, float]:

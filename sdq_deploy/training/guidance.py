@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sdq_export.conditioning import Conditioning
+
 __all__ = ["ModelOutputs", "guide", "predict_outputs"]
 
 
@@ -24,20 +26,20 @@ class ModelOutputs(NamedTuple):
 
 
 def predict_outputs(
-    denoiser: nn.Module, latents: Tensor, steps: Tensor, embeddings: Tensor, empty: Tensor | None
+    denoiser: nn.Module, latents: Tensor, steps: Tensor, conditioning: Conditioning, empty: Conditioning | None
 ) -> ModelOutputs:
     """Run the denoiser once over both halves, the empty prompt first, as diffusers does.
 
     Args:
-        denoiser: takes (latents, steps, text embeddings).
+        denoiser: takes (latents, steps, conditioning).
         latents: [B, C, h, w].
         steps: int64 [B].
-        embeddings: [B, L, D].
-        empty: [1, L, D] of the empty prompt; None to run the prompt alone.
+        conditioning: of B prompts.
+        empty: of the empty prompt alone; None to run the prompts alone.
     """
     if empty is None:
-        return ModelOutputs(denoiser(latents, steps, embeddings), None)
-    both = torch.cat([empty.expand_as(embeddings), embeddings])
+        return ModelOutputs(denoiser(latents, steps, conditioning), None)
+    both = Conditioning.cat([empty.expand(len(conditioning)), conditioning])
     unconditional, conditional = denoiser(torch.cat([latents, latents]), torch.cat([steps, steps]), both).chunk(2)
     return ModelOutputs(conditional, unconditional)
 

@@ -79,7 +79,7 @@ def layer_outputs(denoiser: StepDenoiser, layers: Sequence[str]) -> Iterator[dic
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             recorded[layer] = output
 
-        module: nn.Module = denoiser.unet.get_submodule(layer)
+        module: nn.Module = denoiser.model.get_submodule(layer)
         return module.register_forward_hook(hook)
 
     handles = [record(layer) for layer in layers]

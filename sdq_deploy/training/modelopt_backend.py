@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from sdq_deploy.training.lsq import broadcast_scale, fake_quantize_lsq, sample_scale, step_gradient_scale
 from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite
-from sdq_export.stepping import StepDenoiser, StepState
+from sdq_export.step_state import StepState
+from sdq_export.stepping import StepDenoiser
 
 __all__ = [
     "BACKEND",
@@ -115,7 +116,7 @@ def insert_quantizers(denoiser: StepDenoiser, spec: QuantSpec, scales: Mapping[s
 
     Args:
         denoiser: floating-point; its layers are replaced by modelopt's quantized ones, weights shared.
-        spec: the sites; layer paths are those of `denoiser.unet`.
+        spec: the sites; layer paths are those of `denoiser.model`.
         scales: FP32, `<layer>.weight_scale` and `<site name>.scale`, shaped as in the quantized checkpoint.
     """
     mtq = import_modelopt()
@@ -125,7 +126,7 @@ def insert_quantizers(denoiser: StepDenoiser, spec: QuantSpec, scales: Mapping[s
         register_quant_backend(BACKEND, _entrypoint)
     with only_conv_and_linear(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        mtq.quantize(denoiser.unet, {"quant_cfg": _quantizer_config(spec), "algorithm": None})
+        mtq.quantize(denoiser.model, {"quant_cfg": _quantizer_config(spec), "algorithm": None})
     for weight in spec.weights:
         _attach_weight(denoiser, weight, scales[f"{weight.layer}.weight_scale"])
     for activation in spec.activations:
@@ -151,26 +152,28 @@ def _quantizer_config(spec: QuantSpec) -> list[dict[str, Any]]:
 
 
 def _attach_weight(denoiser: StepDenoiser, site: WeightSite, scale: Tensor) -> None:
-    quantizer: Any = denoiser.unet.get_submodule(f"{site.layer}.weight_quantizer")
+    quantizer: Any = denoiser.model.get_submodule(f"{site.layer}.weight_quantizer")
     quantizer.log_scale = nn.Parameter(scale.detach().float().log())
     quantizer.lsq = WeightForward(site.bits, site.block_size)
 
 
 def _attach_activation(denoiser: StepDenoiser, site: ActivationSite, scale: Tensor) -> None:
     first, *others = site.consumers
-    quantizer: Any = denoiser.unet.get_submodule(f"{first}.input_quantizer")
+    quantizer: Any = denoiser.model.get_submodule(f"{first}.input_quantizer")
     quantizer.log_scale = nn.Parameter(scale.detach().float().log())
     quantizer.register_buffer("groups", torch.tensor(site.groups), persistent=False)
     quantizer.lsq = ActivationForward(site.bits, denoiser.state)
     for layer in others:
-        denoiser.unet.get_submodule(layer).input_quantizer = quantizer
+        denoiser.model.get_submodule(layer).input_quantizer = quantizer
 
 
 def weight_quantizers(denoiser: StepDenoiser, spec: QuantSpec) -> dict[str, Any]:
     """Layer -> its weight quantizer, whose `log_scale` is learned."""
-    return {site.layer: denoiser.unet.get_submodule(f"{site.layer}.weight_quantizer") for site in spec.weights}
+    return {site.layer: denoiser.model.get_submodule(f"{site.layer}.weight_quantizer") for site in spec.weights}
 
 
 def activation_quantizers(denoiser: StepDenoiser, spec: QuantSpec) -> dict[str, Any]:
     """Site name -> the activation quantizer that its consumers share."""
-    return {site.name: denoiser.unet.get_submodule(f"{site.consumers[0]}.input_quantizer") for site in spec.activations}
+    return {
+        site.name: denoiser.model.get_submodule(f"{site.consumers[0]}.input_quantizer") for site in spec.activations
+    }

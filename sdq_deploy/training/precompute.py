@@ -1,4 +1,4 @@
-"""Stage precompute: time information precalculation (TIP), evaluated and held against the UNet it replaces."""
+"""Stage precompute: time information precalculation (TIP), evaluated and held against the denoiser it replaces."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import load_split
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write
-from sdq_export.stepping import time_tables
+from sdq_export.conditioning import Conditioning
 
 __all__ = ["precompute", "table_error"]
 
-#: Relative L2 between the UNet and its tabulated form above which something is wrong: FP32 leaves some 1e-7.
+#: Relative L2 between the denoiser and its tabulated form above which something is wrong: FP32 leaves some 1e-7.
 TOLERANCE = 1e-4
 
 
 def precompute(context: TrainingContext) -> None:
-    """Write the table of every ResNet block, f32 [T, C], and check the tabulated denoiser against the UNet.
+    """Write the family's time tables, f32 [T, ...], and check the tabulated denoiser against the original.
 
     Raises:
         SdqError: the two differ; the time path is of a kind that the tables do not capture.
     """
-    tables = time_tables(context.source.unet, context.timesteps)
+    tables = context.source.family.time_tables(context.source.denoiser, context.timesteps)
     with context.bar("precompute", 1) as advance:
         error = table_error(context)
         advance()
     if not error <= TOLERANCE:
         raise SdqError(
-            f"The tabulated time path differs from the UNet's by {error:.1e} (relative), more than {TOLERANCE}."
+            f"The tabulated time path differs from the denoiser's by {error:.1e} (relative), more than {TOLERANCE}."
         )
     if context.accelerator.is_main_process:
         with atomic_write(context.folder.tables) as temporary:
@@ -39,22 +39,21 @@ def precompute(context: TrainingContext) -> None:
 
 @torch.no_grad()
 def table_error(context: TrainingContext) -> float:
-    """Relative L2 distance of the tabulated denoiser from the UNet, on a held-out latent of each step."""
+    """Relative L2 distance of the tabulated denoiser from the original, on a held-out latent of each step."""
     data = load_split(context.folder.dataset, "validation")
     rows = torch.cat([data.at_step(step, 1) for step in range(context.plan.calls)])
     latents, steps = data.shard.latents[rows], data.shard.steps[rows]
-    embeddings = data.embeddings[data.shard.prompt_ids[rows]]
+    conditioning = data.conditioning[data.shard.prompt_ids[rows]]
     found, wanted = [], []
     for part in torch.split(torch.arange(len(rows)), 4):
-        inputs = (latents[part].to(context.device), embeddings[part].to(context.device))
-        found.append(context.teacher(inputs[0], steps[part].to(context.device), inputs[1]).cpu())
-        wanted.append(_plain(context, latents[part], context.timesteps[steps[part]], embeddings[part]))
+        device = context.device
+        prompts = conditioning[part].to(device)
+        found.append(context.teacher(latents[part].to(device), steps[part].to(device), prompts).cpu())
+        wanted.append(_original(context, latents[part], context.timesteps[steps[part]], prompts))
     difference = torch.linalg.vector_norm(torch.cat(found) - torch.cat(wanted))
     return float(difference / torch.linalg.vector_norm(torch.cat(wanted)))
 
 
-def _plain(context: TrainingContext, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-    unet = context.source.unet.to(context.device)
-    inputs = (latents.to(context.device), timesteps.to(context.device), embeddings.to(context.device))
-    output: Tensor = unet(*inputs, return_dict=False)[0]
-    return output.cpu()
+def _original(context: TrainingContext, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    denoiser, device = context.source.denoiser.to(context.device), context.device
+    return context.source.family.predict(denoiser, latents.to(device), timesteps.to(device), conditioning).cpu()

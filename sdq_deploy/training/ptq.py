@@ -54,10 +54,10 @@ def quantize_without_training(
     else:
         spec = _one_group(spec)
         data = load_split(context.folder.dataset, "training")
-        teacher = StepDenoiser(copy.deepcopy(context.source.unet), context.timesteps)
+        teacher = StepDenoiser(copy.deepcopy(context.source.denoiser), context.timesteps)
         algorithm: ModeloptAlgorithm = "max" if method == "modelopt-max" else "mse"
         scales = modelopt_scales(teacher, spec, data, algorithm, SAMPLES_PER_STEP)
-    tensors = Student(context.source.unet, context.timesteps, spec, scales).tensors()
+    tensors = Student(context.source.denoiser, context.timesteps, spec, scales).tensors()
     info = CheckpointInfo(
         spec=spec, sampler=context.sampler_settings, source=context.source_ref, notes={"untrained": method}
     )

@@ -16,7 +16,6 @@ from sdq_deploy.training.methods.checks import check_method
 from sdq_deploy.training.runner import run_stages
 from sdq_engines.errors import SdqError
 from sdq_engines.files import claim_output
-from sdq_export.families.sd import check_source
 from sdq_export.source import Source, load_source
 
 __all__ = ["make_accelerator", "read_settings", "recorded_settings", "run_training"]
@@ -67,10 +66,10 @@ def run_training(
     progress = new_progress()
     progress.disable = quiet or not accelerator.is_main_process
     loaded = source or load_source(resolve_model(settings.model), settings.revision)
-    check_source(loaded)  # what could not be exported is not trained
+    loaded.family.check_source(loaded)  # what could not be exported is not trained
     context = TrainingContext(settings, loaded, accelerator, progress)
     try:
-        with progress, _restored_unet(context):
+        with progress, _restored_denoiser(context):
             if dataset is not None and accelerator.is_main_process:
                 _adopt_dataset(context, dataset)
             accelerator.wait_for_everyone()
@@ -120,12 +119,12 @@ def recorded_settings(settings: TrainingSettings) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _restored_unet(context: TrainingContext) -> Any:
+def _restored_denoiser(context: TrainingContext) -> Any:
     """Leave the source's modules on the CPU, where the caller had them."""
     try:
         yield
     finally:
-        context.source.unet.to("cpu")
+        context.source.denoiser.to("cpu")
 
 
 def _adopt_dataset(context: TrainingContext, other: Path) -> None:

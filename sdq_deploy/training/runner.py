@@ -27,7 +27,7 @@ from sdq_export.checkpoint import CHECKPOINT_FOLDER
 __all__ = ["STAGES", "Stage", "run_stages", "stage_hashes"]
 
 #: Part of every hash: raised when a stage's result changes for the same inputs.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ __all__ = ["layer_sqnr", "sensitivity"]
 def sensitivity(context: TrainingContext) -> None:
     """Measure each layer's SQNR on held-out serial data; write all of them and the top k, most sensitive first."""
     scales = load_file(context.folder.scales)
-    student = Student(context.source.unet, context.timesteps, context.spec, scales)
+    student = Student(context.source.denoiser, context.timesteps, context.spec, scales)
     student.denoiser.to(context.device)
     data = load_split(context.folder.dataset, "validation")
     rows = spread_rows(data, context.recipe.sensitivity.samples)
@@ -52,11 +52,10 @@ def layer_sqnr(student: Student, data: SerialData, rows: torch.Tensor, layers: l
     """
     device = next(student.denoiser.parameters()).device
     empty = data.empty.to(device) if data.guided else None
-    embeddings = data.embeddings[data.shard.prompt_ids[rows]].to(device)
+    conditioning = data.conditioning[data.shard.prompt_ids[rows]].to(device)
+    latents, steps = data.shard.latents[rows].to(device), data.shard.steps[rows].to(device)
     with student.only(layers):
-        found = predict_outputs(
-            student.denoiser, data.shard.latents[rows].to(device), data.shard.steps[rows].to(device), embeddings, empty
-        )
+        found = predict_outputs(student.denoiser, latents, steps, conditioning, empty)
     wanted = ModelOutputs(data.shard.conditional[rows], _rows(data.shard.unconditional, rows))
     noise = sum(float((a.cpu() - b).square().sum()) for a, b in _pairs(found, wanted))
     signal = sum(float(b.square().sum()) for _, b in _pairs(found, wanted))

@@ -23,15 +23,15 @@ class Student:
     """A StepDenoiser whose sites carry learned quantizers.
 
     Args:
-        unet: the floating-point UNet; copied.
+        original: the floating-point denoiser; copied.
         timesteps: [T], the timestep of each step.
         spec: the sites.
         scales: initial scales under their checkpoint keys.
     """
 
-    def __init__(self, unet: nn.Module, timesteps: Tensor, spec: QuantSpec, scales: Mapping[str, Tensor]) -> None:
+    def __init__(self, original: nn.Module, timesteps: Tensor, spec: QuantSpec, scales: Mapping[str, Tensor]) -> None:
         self.spec = spec
-        self.denoiser = StepDenoiser(copy.deepcopy(unet), timesteps)
+        self.denoiser = StepDenoiser(copy.deepcopy(original), timesteps)
         insert_quantizers(self.denoiser, spec, scales)
         self.denoiser.eval().requires_grad_(True)
         self.weight_quantizers = weight_quantizers(self.denoiser, spec)
@@ -40,7 +40,7 @@ class Student:
     def weight(self, layer: str) -> nn.Parameter:
         """The floating-point weight that training moves (not its fake-quantized value)."""
         # Through _parameters: modelopt makes `.weight` the quantized value inside a forward.
-        parameter: nn.Parameter = self.denoiser.unet.get_submodule(layer)._parameters["weight"]
+        parameter: nn.Parameter = self.denoiser.model.get_submodule(layer)._parameters["weight"]
         return parameter
 
     def rounded_weight(self, layer: str) -> Tensor:
@@ -75,7 +75,7 @@ class Student:
             scales[scale_key(name)] = quantizer.log_scale.exp()
         others = {
             name: parameter
-            for name, parameter in self.denoiser.unet.named_parameters()
+            for name, parameter in self.denoiser.model.named_parameters()
             if name not in integers and "_quantizer." not in name
         }
         return {
@@ -112,7 +112,7 @@ def parameter_groups(student: Student, fit: Fit) -> list[dict[str, Any]]:
     lowest = min(bits_of.values(), default=8)
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     names: dict[tuple[float, float], str] = {}
-    for name, parameter in student.denoiser.unet.named_parameters():
+    for name, parameter in student.denoiser.model.named_parameters():
         kind, rate, decay = _rate_of(name, bits_of, lowest, fit)
         grouped.setdefault((rate, decay), []).append(parameter)
         names.setdefault((rate, decay), kind)

@@ -22,7 +22,7 @@ def trajectory_snr(context: TrainingContext, denoiser: StepDenoiser, data: Seria
     The prompts are shared among the processes; each returns the mean of all. Everything runs in FP32.
     """
     accelerator = context.accelerator
-    mine = list(range(len(data.embeddings)))[accelerator.process_index :: accelerator.num_processes]
+    mine = list(range(len(data.conditioning)))[accelerator.process_index :: accelerator.num_processes]
     total = torch.zeros(2, device=context.device)
     for first in range(0, len(mine), context.recipe.collect.prompts_per_shard):
         members = mine[first : first + context.recipe.collect.prompts_per_shard]
@@ -39,12 +39,12 @@ def sample_latents(context: TrainingContext, denoiser: StepDenoiser, data: Seria
     """Final latents f32 [P, C, h, w] of held-out prompts, sampled with the noise that the teacher started from."""
     generators = [torch.Generator().manual_seed(stable_seed(context.seed, "validation", member)) for member in members]
     noise = starting_noise(context, generators).to(context.device)
-    embeddings = data.embeddings[members].to(context.device)
+    conditioning = data.conditioning[members].to(context.device)
     empty = data.empty.to(context.device) if data.guided else None
 
     def predict(model_input: Tensor, step: int) -> Tensor:
         steps = torch.full((len(members),), step, device=context.device)
-        outputs = predict_outputs(denoiser, model_input, steps, embeddings, empty)
+        outputs = predict_outputs(denoiser, model_input, steps, conditioning, empty)
         return guide(outputs, context.recipe.sampling.guidance_scale)
 
     return run_sampler(context.plan, predict, noise, generator=generators)

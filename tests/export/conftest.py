@@ -7,7 +7,6 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from sdq_export.families import sd
 from sdq_export.sampler import SamplerPlan, compile_sampler, make_scheduler
 from sdq_export.source import Source, load_source
 from sdq_export.writer import ExportResult, export_package
@@ -25,7 +24,9 @@ def source(tiny_sd: Path) -> Source:
 @pytest.fixture(scope="session")
 def captured_denoiser(source: Source) -> ir.Model:
     """The captured UNet; take a clone of it."""
-    return sd.capture_denoiser(source.unet, sd.latent_shape(source), source.tokenizer.model_max_length)
+    family = source.family
+    tokens = source.part("tokenizer").model_max_length
+    return family.capture_denoiser(source.denoiser, family.latent_shape(source), tokens)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def quantized_checkpoint(
     source: Source, plan: SamplerPlan, precision: QuantizedPrecision, groups: int | None = None, **options: Any
 ) -> QuantizedCheckpoint:
     """A checkpoint of ``source`` whose per-step scales differ by up to a third between steps."""
-    unet = source.unet
+    unet = source.denoiser
     spec = find_sites(unet, plan.calls, precision, groups=groups, **options)
     kept = [name for name in unet.state_dict() if not any(part in name for part in TIME_PATH)]
     tensors = {name: unet.state_dict()[name].clone() for name in kept}

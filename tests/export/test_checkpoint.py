@@ -25,7 +25,7 @@ from sdq_export.quantspec import QuantizedPrecision, QuantSpec, WeightSite
 from sdq_export.reference import build_reference, fake_quantize
 from sdq_export.sites import find_sites
 from sdq_export.stepping import StepDenoiser
-from tests.tiny import WIDTH, tiny_unet
+from tests.tiny import WIDTH, prompt_rows, tiny_unet
 
 TIMESTEPS = torch.tensor([981, 500, 1])
 
@@ -77,7 +77,8 @@ def test_the_reference_quantizes_and_can_be_bypassed() -> None:
     reference = build_reference(tiny_unet(), info.spec, tensors, TIMESTEPS)
     teacher = StepDenoiser(tiny_unet(), TIMESTEPS)
     generator = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 5, WIDTH, generator=generator)
+    latents = torch.randn(3, 4, 8, 8, generator=generator)
+    text = prompt_rows(torch.randn(3, 5, WIDTH, generator=generator))
     steps = torch.arange(3)
     with torch.no_grad():
         wanted = teacher(latents, steps, text)

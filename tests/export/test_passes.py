@@ -19,34 +19,36 @@ from sdq_engines.errors import SdqError
 from sdq_engines.lowering.graph import array_of, quantized_layers
 from sdq_engines.lowering.save import save_graph
 from sdq_export.checkpoint import scale_key
-from sdq_export.denoiser import TEXT_INPUT, DenoiserGraphs, build_denoiser, run_passes
+from sdq_export.conditioning import TEXT_INPUT
+from sdq_export.denoiser import DenoiserGraphs, build_denoiser, run_passes
+from sdq_export.families import family_of
+from sdq_export.families.base import GraphCuts
 from sdq_export.graph import layers_of, module_of
 from sdq_export.parity.graphs import identity_row, step_feeds
 from sdq_export.passes.name_nodes import NameNodes
-from sdq_export.passes.prologue import CutPrologue
-from sdq_export.passes.time_tables import TimeTables
 from sdq_export.passes.timestep_scales import RATIO_LIMIT, reference_scale
 from sdq_export.reference import build_reference
 from sdq_export.sampler import SamplerPlan
 from sdq_export.source import Source
-from sdq_export.stepping import StepDenoiser, time_tables
+from sdq_export.stepping import StepDenoiser
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
+from tests.tiny import prompt_rows
 
 SHAPE = (4, 8, 8)
 SAMPLES = 3
 
 
-def tables_of(source: Source, plan: SamplerPlan) -> dict[str, NDArray[np.float32]]:
-    tables = time_tables(source.unet, torch.from_numpy(plan.timesteps))
-    return {block: table.numpy() for block, table in tables.items()}
+def cuts_of(denoiser: Any, plan: SamplerPlan) -> GraphCuts:
+    family = family_of(denoiser)
+    return family.cuts(family.time_tables(denoiser, torch.from_numpy(plan.timesteps)))
 
 
 def build(source: Source, captured: ir.Model, plan: SamplerPlan, checkpoint: Any = None) -> DenoiserGraphs:
     tensors = {name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None
     return build_denoiser(
         captured,
-        tables_of(source, plan),
+        cuts_of(source.denoiser, plan),
         plan,
         SHAPE,
         spec=checkpoint.spec if checkpoint else None,
@@ -64,10 +66,10 @@ class Graphs:
             onnx.checker.check_model(str(path), full_check=True)
         self.denoiser, self.prologue = (open_session(paths[name], threads=1) for name in ("denoiser", "prologue"))
         generator = torch.Generator().manual_seed(5)
-        self.embeddings = torch.randn(2 * SAMPLES, 16, 32, generator=generator)
+        self.conditioning = prompt_rows(torch.randn(2 * SAMPLES, 16, 32, generator=generator))
         self.latents = torch.randn(SAMPLES, *SHAPE, generator=generator)
         names = [output.name for output in self.prologue.get_outputs()]
-        self.prompt = dict(zip(names, self.prologue.run(names, {TEXT_INPUT: self.embeddings.numpy()}), strict=True))
+        self.prompt = dict(zip(names, self.prologue.run(names, self.conditioning.numpy()), strict=True))
 
     def run(self, feeds: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
         result: list[NDArray[np.float32]] = self.denoiser.run(None, {**feeds, **self.prompt})
@@ -79,7 +81,7 @@ class Graphs:
 
     def torch_output(self, denoiser: StepDenoiser, step: int) -> Tensor:
         with torch.no_grad():
-            both = denoiser(torch.cat([self.latents] * 2), torch.tensor(step), self.embeddings)
+            both = denoiser(torch.cat([self.latents] * 2), torch.tensor(step), self.conditioning)
         uncond, cond = both.chunk(2)
         return uncond + GUIDANCE * (cond - uncond)
 
@@ -92,7 +94,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def test_the_float_graph_is_torchs_step_denoiser(source: Source, captured: ir.Model, tmp_path: Path, name: str) -> None:
     plan = plan_of(source, name)
     graphs = Graphs(build(source, captured, plan), plan, tmp_path)
-    teacher = StepDenoiser(copy.deepcopy(source.unet), torch.from_numpy(plan.timesteps))
+    teacher = StepDenoiser(copy.deepcopy(source.denoiser), torch.from_numpy(plan.timesteps))
     for step in range(plan.calls):
         # weights are stored in FP16 only where that loses nothing, and random FP32 weights would lose
         assert relative(graphs.output(step), graphs.torch_output(teacher, step)) < 1e-5
@@ -136,7 +138,7 @@ def test_inputs_and_outputs_are_the_contracts(source: Source, captured: ir.Model
 def test_no_time_layer_and_no_text_projection_is_left(source: Source, captured: ir.Model) -> None:
     NameNodes()(captured)
     before = set(layers_of(captured))
-    run_passes(captured, [TimeTables(tables_of(source, plan_of(source, "ddim"))), CutPrologue(TEXT_INPUT)])
+    run_passes(captured, cuts_of(source.denoiser, plan_of(source, "ddim")).denoiser)
     gone = before - set(layers_of(captured))
     assert gone == {layer for layer in before if "time_emb" in layer or layer.endswith(("attn2.to_k", "attn2.to_v"))}
     assert not any("time_" in (module_of(node) or "") for node in captured.graph)
@@ -152,8 +154,8 @@ def test_the_quantized_graph_keeps_the_references_distance(
     checkpoint = quantized_checkpoint(source, plan, precision, groups)
     graphs = Graphs(build(source, captured, plan, checkpoint), plan, tmp_path)
     timesteps = torch.from_numpy(plan.timesteps)
-    reference = build_reference(source.unet, checkpoint.spec, checkpoint.tensors, timesteps)
-    teacher = StepDenoiser(copy.deepcopy(source.unet), timesteps)
+    reference = build_reference(source.denoiser, checkpoint.spec, checkpoint.tensors, timesteps)
+    teacher = StepDenoiser(copy.deepcopy(source.denoiser), timesteps)
     found, wanted = [], []
     for step in range(plan.calls):
         truth = graphs.torch_output(teacher, step)
@@ -248,21 +250,21 @@ def test_the_reference_scale_stays_a_normal_fp16_number() -> None:
 
 
 def test_an_unknown_time_path_is_one_sentence(source: Source, captured: ir.Model) -> None:
-    tables = tables_of(source, plan_of(source, "ddim"))
+    cuts = cuts_of(source.denoiser, plan_of(source, "ddim"))
     NameNodes()(captured)
     addition = next(node for node in captured.graph if node.name == "down_blocks.0.resnets.0/Add")
     addition.replace_input_with(1, captured.graph.initializers["down_blocks.0.resnets.0.conv1.bias"])
     with pytest.raises(SdqError, match="does not support"):
-        run_passes(captured, [TimeTables(tables)])
+        run_passes(captured, cuts.denoiser)
 
 
 def test_fp16_storage_changes_no_number(source: Source, captured: ir.Model, tmp_path: Path) -> None:
     plan = plan_of(source, "ddim")
-    halves = {name: tensor.half().float().numpy() for name, tensor in source.unet.state_dict().items()}
+    halves = {name: tensor.half().float().numpy() for name, tensor in source.denoiser.state_dict().items()}
     outputs, sizes = [], []
     for stored in (False, True):
         graphs = build_denoiser(
-            captured.clone(), tables_of(source, plan), plan, SHAPE, weights=halves, store_fp16=stored
+            captured.clone(), cuts_of(source.denoiser, plan), plan, SHAPE, weights=halves, store_fp16=stored
         )
         runner = Graphs(graphs, plan, tmp_path / str(stored))
         outputs.append(runner.output(2))
@@ -275,7 +277,6 @@ def test_stable_diffusion_2s_forms(tmp_path: Path) -> None:
     """Linear projections in and out, heads by level, upcast attention, v-prediction, no attention in one level."""
     from diffusers import UNet2DConditionModel
 
-    from sdq_export.families import sd
     from sdq_export.sampler import compile_sampler, make_scheduler
 
     torch.manual_seed(2)
@@ -293,9 +294,8 @@ def test_stable_diffusion_2s_forms(tmp_path: Path) -> None:
     ).eval()
     config = {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "v_prediction"}
     plan = compile_sampler(make_scheduler(None, config), 4)
-    timesteps = torch.from_numpy(plan.timesteps)
-    tables = {block: table.numpy() for block, table in time_tables(unet, timesteps).items()}
-    graphs = Graphs(build_denoiser(sd.capture_denoiser(unet, SHAPE, 16), tables, plan, SHAPE), plan, tmp_path)
-    teacher = StepDenoiser(copy.deepcopy(unet), timesteps)
+    captured = family_of(unet).capture_denoiser(unet, SHAPE, 16)
+    graphs = Graphs(build_denoiser(captured, cuts_of(unet, plan), plan, SHAPE), plan, tmp_path)
+    teacher = StepDenoiser(copy.deepcopy(unet), torch.from_numpy(plan.timesteps))
     for step in range(plan.calls):
         assert relative(graphs.output(step), graphs.torch_output(teacher, step)) < 1e-5

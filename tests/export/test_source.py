@@ -15,10 +15,10 @@ from sdq_export.source import load_source
 
 def test_loads_every_component(tiny_sd: Path) -> None:
     source = load_source(tiny_sd)
-    assert source.unet.dtype == source.vae.dtype == source.text_encoder.dtype == torch.float32
-    assert not source.unet.training
+    assert source.denoiser.dtype == source.vae.dtype == source.part("text_encoder").dtype == torch.float32
+    assert not source.denoiser.training
     assert type(source.scheduler).__name__ == "DDIMScheduler"
-    assert source.tokenizer("a red circle").input_ids[0] == source.tokenizer.bos_token_id
+    assert source.part("tokenizer")("a red circle").input_ids[0] == source.part("tokenizer").bos_token_id
     assert len(source.sha256) == 64
 
 
@@ -36,7 +36,7 @@ def test_an_fp16_variant_loads(tiny_sd: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_sd, tmp_path / "copy"))
     for file in copy.rglob("*.safetensors"):
         file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
-    assert torch.equal(load_source(copy).unet.conv_in.weight, load_source(tiny_sd).unet.conv_in.weight)
+    assert torch.equal(load_source(copy).denoiser.conv_in.weight, load_source(tiny_sd).denoiser.conv_in.weight)
 
 
 def test_missing() -> None:
@@ -75,4 +75,4 @@ def test_broken_weights_are_one_sentence(tiny_sd: Path, tmp_path: Path) -> None:
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SdqError, match="cannot be loaded"):
-        _ = load_source(copy).unet
+        _ = load_source(copy).denoiser

@@ -10,16 +10,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from sdq_engines.errors import SdqError
-from sdq_export.stepping import StepDenoiser, check_time_path
-from tests.tiny import WIDTH, tiny_unet
+from sdq_export.conditioning import TEXT_INPUT, Conditioning
+from sdq_export.stepping import StepDenoiser
+from tests.tiny import WIDTH, prompt_rows, tiny_unet
 
 TIMESTEPS = torch.tensor([981, 500, 501, 1])
 
 
-def inputs(batch: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(batch: int = 4) -> tuple[Tensor, Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(batch, 4, 8, 8, generator=generator)
-    text = torch.randn(batch, 5, WIDTH, generator=generator)
+    text = prompt_rows(torch.randn(batch, 5, WIDTH, generator=generator))
     return latents, torch.tensor([2, 0, 3, 1])[:batch], text
 
 
@@ -28,7 +29,7 @@ def test_equals_the_unet_at_mixed_steps() -> None:
     denoiser = StepDenoiser(copy.deepcopy(unet), TIMESTEPS)
     latents, steps, text = inputs()
     with torch.no_grad():
-        wanted = unet(latents, TIMESTEPS[steps], text).sample
+        wanted = unet(latents, TIMESTEPS[steps], text.tensors[TEXT_INPUT]).sample
         assert torch.equal(denoiser(latents, steps, text), wanted)
     # The rows really differ by step: the same call with other steps is another answer.
     with torch.no_grad():
@@ -80,4 +81,4 @@ def test_the_step_is_unknown_outside_a_call() -> None:
 def test_other_time_paths_are_refused_by_name(change: dict[str, str], named: str) -> None:
     config = {key: value for key, value in tiny_unet().config.items() if not key.startswith("_")} | change
     with pytest.raises(SdqError, match=named):
-        check_time_path(UNet2DConditionModel.from_config(config))
+        StepDenoiser(UNet2DConditionModel.from_config(config), TIMESTEPS)

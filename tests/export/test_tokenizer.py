@@ -43,20 +43,20 @@ def random_captions(count: int) -> list[str]:
 @pytest.fixture(scope="module")
 def packaged(source: Source) -> Tokenizer:
     """The tokenizer as the runtime loads it."""
-    return Tokenizer.from_str(tokenizer_json(source.tokenizer))
+    return Tokenizer.from_str(tokenizer_json(source.part("tokenizer")))
 
 
 def test_ids_are_clip_tokenizers(source: Source, packaged: Tokenizer) -> None:
     captions = CAPTIONS + random_captions(500)
-    wanted = source.tokenizer(
-        captions, padding="max_length", max_length=source.tokenizer.model_max_length, truncation=True
+    wanted = source.part("tokenizer")(
+        captions, padding="max_length", max_length=source.part("tokenizer").model_max_length, truncation=True
     ).input_ids
     for caption, ids in zip(captions, wanted, strict=True):
         assert packaged.encode(caption).ids == ids, caption
 
 
 def test_every_encoding_has_the_models_length(source: Source, packaged: Tokenizer) -> None:
-    info = text_info(source.tokenizer)
+    info = text_info(source, source.family.text_encoders[0])
     for caption in CAPTIONS:
         ids = packaged.encode(caption).ids
         assert len(ids) == info.max_length

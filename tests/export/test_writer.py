@@ -216,5 +216,5 @@ def test_not_a_number_does_not_pass() -> None:
 def test_text_encoder_takes_any_batch(source: Source, float_package: ExportResult) -> None:
     session = open_session(float_package.package.component("text_encoder"), threads=1)
     for count in (1, 3):
-        ids = np.full((count, 16), source.tokenizer.pad_token_id, np.int64)
+        ids = np.full((count, 16), source.part("tokenizer").pad_token_id, np.int64)
         assert session.run(None, {"input_ids": ids})[0].shape == (count, 16, 32)

@@ -16,6 +16,7 @@ __all__ = [
     "VAE_DECODER",
     "engine_folder",
     "model_file",
+    "tokenizer_file",
 ]
 
 MANIFEST = "manifest.json"
@@ -37,6 +38,11 @@ COMPONENTS = (TEXT_ENCODER, PROLOGUE, DENOISER, VAE_DECODER)
 def model_file(component: str) -> str:
     """The component's ONNX file, relative to the package; its weights, if external, are beside it in `.data`."""
     return f"{component}/model.onnx"
+
+
+def tokenizer_file(tokenizer: str) -> str:
+    """The file of the tokenizer of this name, relative to the package."""
+    return f"{tokenizer}/tokenizer.json"
 
 
 def engine_folder(engine: str) -> str:

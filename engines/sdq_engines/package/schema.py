@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdq_engines.package.layout import ENGINES
+from sdq_engines.package.layout import ENGINES, TEXT_ENCODER
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -53,6 +53,8 @@ class ModelIO(_Strict):
 class TextInfo(_Strict):
     """How a prompt becomes token ids."""
 
+    component: str = TEXT_ENCODER
+    """The text encoder that takes them."""
     tokenizer: str
     """Path of tokenizer.json, relative to the package."""
     max_length: int = Field(gt=0)

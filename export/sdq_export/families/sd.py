@@ -2,132 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
-from sdq_export.capture import capture
-from sdq_export.denoiser import TEXT_INPUT
-from sdq_export.source import Source
-from sdq_export.stepping import check_time_path
+from sdq_export.conditioning import TEXT_INPUT, Conditioning
+from sdq_export.families.base import Family, GraphCuts, TextEncoder
+from sdq_export.families.text import LastHiddenState
+from sdq_export.families.unet import (
+    BLOCKS,
+    StepRow,
+    capture_unet,
+    check_conditions,
+    is_unet,
+    quantizable_layers,
+    unet_latent_shape,
+)
+from sdq_export.families.vae import check_vae
+from sdq_export.passes.prologue import CutPrologue, KeepPrologue
+from sdq_export.passes.time_tables import TimeTables
+from sdq_export.step_state import StepState
 
-__all__ = [
-    "FAMILY",
-    "capture_denoiser",
-    "capture_text_encoder",
-    "capture_vae_decoder",
-    "check_source",
-    "encode_prompts",
-    "latent_shape",
-    "pixels_per_latent",
-]
+if TYPE_CHECKING:
+    from sdq_export.source import Source
 
-FAMILY = "stable-diffusion"
-
-_TEXT_BATCH = 64
-"""Prompts that go through the text encoder together."""
-
-
-def check_source(source: Source) -> None:
-    """Refuse what this family's graphs would compute wrongly.
-
-    Raises:
-        SdqError: naming the component and its setting.
-    """
-    check_time_path(source.unet)
-    if getattr(source.text_encoder.config, "use_attention_mask", None):
-        raise SdqError("The text encoder's use_attention_mask=True is not supported: packages encode padded prompts.")
-    for setting in ("latents_mean", "latents_std", "shift_factor"):
-        if source.vae.config.get(setting) is not None:
-            raise SdqError(
-                f"The VAE's {setting} is not supported; Stable Diffusion 1 and 2 have a scaling_factor alone."
-            )
+__all__ = ["StableDiffusion"]
 
 
-def latent_shape(source: Source) -> tuple[int, int, int]:
-    """(C, h, w) of one image's latents at the checkpoint's own size."""
-    config = source.unet.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(config.in_channels), int(height), int(width)
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x, 2.x, and models of their form."""
 
-
-def pixels_per_latent(source: Source) -> int:
-    """How many pixels wide a latent pixel is: 8 for a VAE of four levels."""
-    return int(2 ** (len(source.vae.config.block_out_channels) - 1))
-
-
-def encode_prompts(source: Source, prompts: Sequence[str]) -> Tensor:
-    """Text embeddings as diffusers' pipeline makes them, on the text encoder's device; float32 [n, L, D] on the CPU."""
-    tokenizer, encoder = source.tokenizer, source.text_encoder
-    parts = []
-    with torch.no_grad():
-        for first in range(0, len(prompts), _TEXT_BATCH):
-            tokens = tokenizer(
-                list(prompts[first : first + _TEXT_BATCH]),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            parts.append(encoder(tokens.input_ids.to(encoder.device), return_dict=False)[0].float().cpu())
-    return torch.cat(parts)
-
-
-def capture_denoiser(unet: nn.Module, shape: tuple[int, int, int], tokens: int) -> ir.Model:
-    """The UNet: ``sample`` f32 [2*batch, C, h, w], ``timestep`` f32 [], ``text_embeddings`` f32 [2*batch, L, D]."""
-    config: Any = unet.config
-    inputs = {
-        "sample": torch.randn(2, *shape),
-        "timestep": torch.tensor(1.0),
-        "encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim),
+    name = "stable-diffusion"
+    pipeline = "StableDiffusionPipeline"
+    denoiser = "unet"
+    parts: ClassVar = {
+        "unet": "diffusers.UNet2DConditionModel",
+        "vae": "diffusers.AutoencoderKL",
+        "text_encoder": "transformers.CLIPTextModel",
+        "tokenizer": "transformers.CLIPTokenizer",
     }
-    model = capture(
-        unet,
-        inputs,
-        batched=["sample", "encoder_hidden_states"],
-        output="model_output",
-        batch="2*batch",
-        static={"return_dict": False},
-    )
-    # the forward's own argument name, which the exporter takes over
-    next(value for value in model.graph.inputs if value.name == "encoder_hidden_states").name = TEXT_INPUT
-    return model
+    text_encoders = (TextEncoder("text_encoder", "tokenizer", (TEXT_INPUT,), LastHiddenState),)
+    recipe = "sd"
+    default_steps, default_guidance = 50, 7.5
+    blocks = BLOCKS
+
+    def check_source(self, source: Source) -> None:
+        check_conditions(source.denoiser)
+        if getattr(source.part("text_encoder").config, "use_attention_mask", None):
+            raise SdqError(
+                "The text encoder's use_attention_mask=True is not supported: packages encode padded prompts."
+            )
+        check_vae(source)
+        if source.vae.config.get("shift_factor") is not None:
+            raise SdqError(
+                "The VAE's shift_factor is not supported; Stable Diffusion 1 and 2 have a scaling_factor alone."
+            )
+
+    def latent_shape(self, source: Source) -> tuple[int, int, int]:
+        return unet_latent_shape(source)
+
+    def pipeline_options(self, source: Source) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+    def owns(self, denoiser: nn.Module) -> bool:
+        config: Any = denoiser.config if is_unet(denoiser) else None
+        return config is not None and config.addition_embed_type != "text_time"
+
+    def predict(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        output: Tensor = denoiser(latents, timesteps, conditioning.tensors[TEXT_INPUT], return_dict=False)[0]
+        return output
+
+    @torch.no_grad()
+    def time_tables(self, denoiser: nn.Module, timesteps: Tensor) -> dict[str, Tensor]:
+        """Path of each ResNet block -> f32 [T, C], `time_emb_proj(silu(emb_t))`; conv1's bias is not in it."""
+        check_conditions(denoiser)
+        model: Any = denoiser
+        with torch.autocast(device_type=timesteps.device.type, enabled=False):
+            embedding = model.time_embedding(model.time_proj(timesteps).float())
+            if model.time_embed_act is not None:
+                embedding = model.time_embed_act(embedding)
+            return {
+                name: block.time_emb_proj(block.nonlinearity(embedding)).float()
+                for name, block in model.named_modules()
+                if getattr(block, "time_emb_proj", None) is not None
+            }
+
+    def use_tables(self, denoiser: nn.Module, tables: Mapping[str, Tensor], state: StepState) -> None:
+        for path, table in tables.items():
+            denoiser.get_submodule(path).time_emb_proj = StepRow(table, state)
+        model: Any = denoiser
+        model.time_proj, model.time_embedding, model.time_embed_act = _NoTimeProjection(), _NoTimeEmbedding(), None
+
+    def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
+        return quantizable_layers(denoiser)
+
+    def capture_denoiser(self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int) -> ir.Model:
+        config: Any = denoiser.config
+        text = {"encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim)}
+        return capture_unet(denoiser, latent_shape, text, {"encoder_hidden_states": TEXT_INPUT})
+
+    def cuts(self, tables: Mapping[str, Tensor]) -> GraphCuts:
+        rows = {block: table.numpy() for block, table in tables.items()}
+        return GraphCuts([KeepPrologue(TEXT_INPUT)], [TimeTables(rows), CutPrologue(TEXT_INPUT)])
 
 
-def capture_text_encoder(text_encoder: nn.Module, tokens: int) -> ir.Model:
-    """The text encoder: ``input_ids`` int64 [batch, L] to ``text_embeddings`` f32 [batch, L, D]."""
-    example = torch.zeros(2, tokens, dtype=torch.int64)
-    return capture(_TextEncoder(text_encoder), {"input_ids": example}, batched=["input_ids"], output=TEXT_INPUT)
+class _NoTimeProjection(nn.Module):
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return timesteps.reshape(-1, 1)
 
 
-def capture_vae_decoder(vae: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
-    """The decoder: ``latents`` f32 [batch, C, h, w] as the sampler leaves them to ``images`` in [0, 1]."""
-    example = torch.randn(2, *shape)
-    return capture(_VaeDecoder(vae), {"latents": example}, batched=["latents"], output="images")
-
-
-class _TextEncoder(nn.Module):
-    def __init__(self, text_encoder: Any) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        embeddings: Tensor = self.text_encoder(input_ids, return_dict=False)[0]
-        return embeddings
-
-
-class _VaeDecoder(nn.Module):
-    """Scaling, decoding and the image processor's denormalization, as the end of diffusers' pipeline."""
-
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> Tensor:
-        images: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-        return (images / 2 + 0.5).clamp(0, 1)
+class _NoTimeEmbedding(nn.Module):
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        return sample

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdq_engines.backends.onnxruntime import open_session
 from sdq_engines.lowering.save import save_graph
-from sdq_export.denoiser import TEXT_INPUT
+from sdq_export.conditioning import Conditioning
 from sdq_export.sampler.plan import SamplerPlan, StepMap
 
 __all__ = ["GraphRunner", "identity_row", "open_graph", "step_feeds"]
@@ -63,12 +63,12 @@ class GraphRunner:
 
     Args:
         denoiser: the whole step.
-        prologue: keys and values of the text.
+        prologue: what depends on the prompts alone.
         plan: the sampler that the step belongs to.
-        embeddings: float32 [2N, L, D], unconditional first.
+        conditioning: of 2N prompts, unconditional first.
     """
 
-    def __init__(self, denoiser: ir.Model, prologue: ir.Model, plan: SamplerPlan, embeddings: Tensor) -> None:
+    def __init__(self, denoiser: ir.Model, prologue: ir.Model, plan: SamplerPlan, conditioning: Conditioning) -> None:
         self.plan = plan
         # graphs of several gigabytes do not fit into protobuf's memory; from a file they do
         with tempfile.TemporaryDirectory(prefix="sdq-parity-", ignore_cleanup_errors=True) as folder:
@@ -76,9 +76,9 @@ class GraphRunner:
             prologue_session = open_graph(prologue, Path(folder) / "prologue")
         names = [output.name for output in prologue_session.get_outputs()]
         self.inputs = {item.name for item in self.session.get_inputs()}
-        self.prompt: Arrays = dict(
-            zip(names, prologue_session.run(names, {TEXT_INPUT: embeddings.numpy()}), strict=True)
-        )
+        wanted = {item.name for item in prologue_session.get_inputs()}
+        given = {name: array for name, array in conditioning.numpy().items() if name in wanted}
+        self.prompt: Arrays = dict(zip(names, prologue_session.run(names, given), strict=True))
 
     def output(self, model_inputs: Tensor, step: int, guidance_scale: float) -> NDArray[np.float32]:
         """The guided output [N, C, h, w] at a step."""

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from sdq_export.conditioning import Conditioning
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sampler.run import run_sampler
+from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
 
 __all__ = ["PARITY_PROMPTS", "TeacherSamples", "guided", "record_teacher", "samples_for"]
@@ -34,13 +36,13 @@ class TeacherSamples:
     """The teacher's trajectory for N samples.
 
     Attributes:
-        embeddings: float32 [2N, L, D], unconditional first.
+        conditioning: of 2N prompts, unconditional first.
         guidance_scale: of the guided outputs.
         model_inputs: float32 [T, N, C, h, w], what the denoiser is given at each step.
         outputs: float32 [T, N, C, h, w], the teacher's guided output there.
     """
 
-    embeddings: Tensor
+    conditioning: Conditioning
     guidance_scale: float
     model_inputs: Tensor
     outputs: Tensor
@@ -57,20 +59,18 @@ def samples_for(latent_shape: tuple[int, int, int]) -> int:
     return max(2, min(8, _WANTED_ELEMENTS // int(np.prod(latent_shape))))
 
 
-def guided(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], samples_in: Tensor, step: int,
-           embeddings: Tensor, guidance_scale: float) -> Tensor:  # fmt: skip
+def guided(denoiser: Callable[[Tensor, Tensor, Conditioning], Tensor], samples_in: Tensor, step: int,
+           conditioning: Conditioning, guidance_scale: float) -> Tensor:  # fmt: skip
     """One guided output [N, C, h, w] of a StepDenoiser, as diffusers' pipelines combine it."""
     with torch.no_grad():
-        output = denoiser(torch.cat([samples_in, samples_in]), torch.tensor(step), embeddings)
+        output = denoiser(torch.cat([samples_in, samples_in]), torch.tensor(step), conditioning)
     uncond, cond = output.chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 
 
 def record_teacher(
-    unet: nn.Module,
+    source: Source,
     plan: SamplerPlan,
-    latent_shape: tuple[int, int, int],
-    encode: Callable[[list[str]], Tensor],
     guidance_scale: float,
     prompts: Sequence[str] = PARITY_PROMPTS,
     on_step: Callable[[int], None] | None = None,
@@ -78,18 +78,17 @@ def record_teacher(
     """Sample N images' latents with the floating-point model and keep every step.
 
     Args:
-        unet: the source's UNet, FP32; it is copied.
+        source: the checkpoint; its denoiser is copied.
         plan: the sampler.
-        latent_shape: C, h, w.
-        encode: prompts to text embeddings [n, L, D].
         guidance_scale: of classifier-free guidance.
         prompts: as many as there are are used in turn.
         on_step: hears each finished step.
     """
+    latent_shape = source.family.latent_shape(source)
     count = samples_for(latent_shape)
     chosen = [prompts[index % len(prompts)] for index in range(count)]
-    embeddings = encode([""] * count + chosen)
-    teacher = StepDenoiser(copy.deepcopy(unet), torch.from_numpy(plan.timesteps)).eval()
+    conditioning = source.family.encode_prompts(source, [*[None] * count, *chosen])
+    teacher = StepDenoiser(copy.deepcopy(source.denoiser), torch.from_numpy(plan.timesteps)).eval()
     generator = torch.Generator().manual_seed(_SEED)
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
@@ -102,9 +101,9 @@ def record_teacher(
 
     run_sampler(
         plan,
-        lambda model_input, step: guided(teacher, model_input, step, embeddings, guidance_scale),
+        lambda model_input, step: guided(teacher, model_input, step, conditioning, guidance_scale),
         torch.randn(count, *latent_shape, generator=generator),
         generator=generator,
         on_step=keep,
     )
-    return TeacherSamples(embeddings, guidance_scale, torch.stack(inputs), torch.stack(outputs))
+    return TeacherSamples(conditioning, guidance_scale, torch.stack(inputs), torch.stack(outputs))

@@ -73,7 +73,7 @@ def measure_sites(
 
     Args:
         denoiser: the quantized whole-step graph; it is not changed.
-        prologue: keys and values of the text.
+        prologue: what depends on the prompts alone.
         plan: the sampler.
         samples: where to look.
         reference: the fake-quantized StepDenoiser.
@@ -83,7 +83,7 @@ def measure_sites(
     """
     figures: dict[int, list[SiteFigures]] = {step: [] for step in steps}
     for probes, model in _exposed(denoiser):
-        runner = GraphRunner(model, prologue, plan, samples.embeddings)
+        runner = GraphRunner(model, prologue, plan, samples.conditioning)
         row = identity_row(plan.slots)
         for step in steps:
             inputs = samples.model_inputs[step].numpy()
@@ -139,7 +139,7 @@ def _compare(
     scales: dict[str, NDArray[np.float32]],
     step: int,
 ) -> SiteFigures:
-    module = reference.unet.get_submodule(probe.layer)
+    module = reference.model.get_submodule(probe.layer)
     site = spec.activation_of.get(probe.layer)
     source = torch.from_numpy(found[probe.source])
     if site is None or probe.integers is None:

@@ -68,9 +68,9 @@ def channel_statistics(
     rows = torch.cat([data.at_step(step, samples_per_step) for step in range(denoiser.num_steps)])
     with _watching(denoiser, layers, found, gram):
         for part in torch.split(rows, BATCH):
-            embeddings = data.embeddings[data.shard.prompt_ids[part]].to(device)
+            conditioning = data.conditioning[data.shard.prompt_ids[part]].to(device)
             latents, steps = data.shard.latents[part].to(device), data.shard.steps[part].to(device)
-            predict_outputs(denoiser, latents, steps, embeddings, empty)
+            predict_outputs(denoiser, latents, steps, conditioning, empty)
     return found
 
 
@@ -79,7 +79,7 @@ def _watching(
     denoiser: StepDenoiser, layers: Sequence[str], found: dict[str, ChannelStatistics], gram: bool
 ) -> Iterator[None]:
     def watch(layer: str) -> torch.utils.hooks.RemovableHandle:
-        module: nn.Module = denoiser.unet.get_submodule(layer)
+        module: nn.Module = denoiser.model.get_submodule(layer)
 
         def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().float()

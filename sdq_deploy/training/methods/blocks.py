@@ -6,7 +6,7 @@ quantized layer that stands alone (down- and upsampling).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq_deploy.training.dataset import SerialData
+from sdq_export.conditioning import Conditioning
 from sdq_export.quantspec import QuantSpec
 from sdq_export.stepping import StepDenoiser
 
@@ -28,8 +29,6 @@ __all__ = [
     "pick_samples",
     "run_block",
 ]
-
-_KINDS = ("ResnetBlock2D", "Transformer2DModel")
 
 #: Samples that go through the denoiser together.
 BATCH = 16
@@ -52,11 +51,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Samples:
-    """Model inputs: latents f32 [N, C, h, w], steps int64 [N], text embeddings f32 [N, L, D], on the CPU."""
+    """Model inputs on the CPU: latents f32 [N, C, h, w], steps int64 [N], and what the denoiser is told of prompts."""
 
     latents: Tensor
     steps: Tensor
-    embeddings: Tensor
+    conditioning: Conditioning
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ def find_blocks(denoiser: StepDenoiser, spec: QuantSpec, samples: Samples) -> li
         spec: the sites.
         samples: of which the first is run.
     """
-    modules = dict(denoiser.unet.named_modules())
-    owners = {site.layer: _owner(site.layer, modules) for site in spec.weights}
+    modules = dict(denoiser.model.named_modules())
+    owners = {site.layer: _owner(site.layer, modules, denoiser.family.blocks) for site in spec.weights}
     order: list[str] = []
 
     def note(name: str) -> Any:
@@ -106,21 +105,21 @@ def find_blocks(denoiser: StepDenoiser, spec: QuantSpec, samples: Samples) -> li
     return blocks
 
 
-def _owner(layer: str, modules: dict[str, nn.Module]) -> str:
+def _owner(layer: str, modules: dict[str, nn.Module], kinds: Sequence[str]) -> str:
     parts = layer.split(".")
     for length in range(1, len(parts)):
         path = ".".join(parts[:length])
-        if type(modules[path]).__name__ in _KINDS:
+        if type(modules[path]).__name__ in kinds:
             return path
     return layer
 
 
 def pick_samples(data: SerialData, rows: Tensor) -> Samples:
     """Model inputs of some latents; under guidance every other one sees the empty prompt."""
-    embeddings = data.embeddings[data.shard.prompt_ids[rows]].clone()
+    conditioning = data.conditioning[data.shard.prompt_ids[rows]]
     if data.guided:
-        embeddings[1::2] = data.empty
-    return Samples(data.shard.latents[rows], data.shard.steps[rows], embeddings)
+        conditioning = conditioning.replace(slice(1, None, 2), data.empty)
+    return Samples(data.shard.latents[rows], data.shard.steps[rows], conditioning)
 
 
 class _Reached(Exception):
@@ -148,7 +147,7 @@ def block_inputs(denoiser: StepDenoiser, block: Block, samples: Samples) -> Bloc
 
 @contextmanager
 def _hooked(denoiser: StepDenoiser, block: Block, hook: Any) -> Iterator[None]:
-    module: nn.Module = denoiser.unet.get_submodule(block.name)
+    module: nn.Module = denoiser.model.get_submodule(block.name)
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
@@ -166,7 +165,7 @@ def block_outputs(denoiser: StepDenoiser, block: Block, inputs: BlockInputs) -> 
 
 def run_block(denoiser: StepDenoiser, block: Block, inputs: BlockInputs) -> Tensor:
     """One call of the block by itself, with the steps of its samples."""
-    module: nn.Module = denoiser.unet.get_submodule(block.name)
+    module: nn.Module = denoiser.model.get_submodule(block.name)
     with denoiser.state.during(inputs.steps):
         output: Any = module(*inputs.arguments, **inputs.keywords)
     result: Tensor = output[0] if isinstance(output, tuple) else output
@@ -176,7 +175,7 @@ def run_block(denoiser: StepDenoiser, block: Block, inputs: BlockInputs) -> Tens
 @torch.no_grad()
 def _run(denoiser: StepDenoiser, samples: Samples, rows: Tensor) -> None:
     device = next(denoiser.parameters()).device
-    denoiser(samples.latents[rows].to(device), samples.steps[rows].to(device), samples.embeddings[rows].to(device))
+    denoiser(samples.latents[rows].to(device), samples.steps[rows].to(device), samples.conditioning[rows].to(device))
 
 
 def _to_cpu(value: Any) -> Any:

@@ -25,7 +25,7 @@ __all__ = ["adapter_groups", "adapter_training", "shared_fit"]
 def adapter_training(context: TrainingContext) -> FitPlan:
     """The fit as EfficientDM does it."""
     recipe = context.recipe
-    student = Student(context.source.unet, context.timesteps, context.spec, load_file(context.folder.scales))
+    student = Student(context.source.denoiser, context.timesteps, context.spec, load_file(context.folder.scales))
     attach_adapters(student, recipe.efficientdm.rank, stable_seed(context.seed, "adapters"))
     return FitPlan(
         recipe=shared_fit(recipe.fit, recipe.efficientdm),

@@ -61,7 +61,7 @@ def percentile_scales(
     for percentile in percentiles:
         with _silence():
             for site in spec.activations:
-                quantizer: Any = denoiser.unet.get_submodule(f"{site.consumers[0]}.input_quantizer")
+                quantizer: Any = denoiser.model.get_submodule(f"{site.consumers[0]}.input_quantizer")
                 quantizer.load_calib_amax("percentile", percentile=percentile)
         yield percentile, weights | _activation_scales(denoiser, spec)
 
@@ -74,7 +74,7 @@ def _calibrate(
     with only_conv_and_linear(), _silence():
         # Weights first: collecting a histogram has no place in ModelOpt's algorithms.
         config = {"quant_cfg": _config(spec), "algorithm": _ALGORITHMS[algorithm]}
-        mtq.quantize(denoiser.unet, config, lambda _: _run_over(denoiser, data, spec.num_steps, samples_per_step))
+        mtq.quantize(denoiser.model, config, lambda _: _run_over(denoiser, data, spec.num_steps, samples_per_step))
     if calibrator == "histogram":
         _collect_histograms(denoiser, spec, data, samples_per_step)
 
@@ -83,9 +83,9 @@ def _collect_histograms(denoiser: StepDenoiser, spec: QuantSpec, data: SerialDat
     from modelopt.torch.quantization.calib import HistogramCalibrator
 
     quantizers: list[Any] = [
-        denoiser.unet.get_submodule(f"{site.consumers[0]}.input_quantizer") for site in spec.activations
+        denoiser.model.get_submodule(f"{site.consumers[0]}.input_quantizer") for site in spec.activations
     ]
-    every: list[Any] = [module for name, module in denoiser.unet.named_modules() if name.endswith("_quantizer")]
+    every: list[Any] = [module for name, module in denoiser.model.named_modules() if name.endswith("_quantizer")]
     states = [quantizer.is_enabled for quantizer in every]
     for quantizer in every:
         quantizer.disable()
@@ -108,9 +108,9 @@ def weight_scales(denoiser: StepDenoiser, spec: QuantSpec) -> dict[str, Tensor]:
     """`<layer>.weight_scale` of every weight site after ModelOpt's calibration."""
     scales: dict[str, Tensor] = {}
     for weight in spec.weights:
-        quantizer: Any = denoiser.unet.get_submodule(f"{weight.layer}.weight_quantizer")
+        quantizer: Any = denoiser.model.get_submodule(f"{weight.layer}.weight_quantizer")
         scale = _scale_of(quantizer.amax, weight.bits)
-        rows = denoiser.unet.get_submodule(weight.layer)._parameters["weight"].shape[0]
+        rows = denoiser.model.get_submodule(weight.layer)._parameters["weight"].shape[0]
         scales[weight_scale_key(weight.layer)] = scale if weight.block_size is None else scale.reshape(rows, -1)
     return scales
 
@@ -118,7 +118,7 @@ def weight_scales(denoiser: StepDenoiser, spec: QuantSpec) -> dict[str, Tensor]:
 def _activation_scales(denoiser: StepDenoiser, spec: QuantSpec) -> dict[str, Tensor]:
     scales: dict[str, Tensor] = {}
     for site in spec.activations:
-        amax = denoiser.unet.get_submodule(f"{site.consumers[0]}.input_quantizer").amax
+        amax = denoiser.model.get_submodule(f"{site.consumers[0]}.input_quantizer").amax
         scales[scale_key(site.name)] = _scale_of(amax, site.bits)
     return scales
 
@@ -158,6 +158,6 @@ def _run_over(denoiser: StepDenoiser, data: SerialData, num_steps: int, samples_
     empty = data.empty.to(device) if data.guided else None
     rows = torch.cat([data.at_step(step, samples_per_step) for step in range(num_steps)])
     for part in torch.split(rows, BATCH):
-        embeddings = data.embeddings[data.shard.prompt_ids[part]].to(device)
+        conditioning = data.conditioning[data.shard.prompt_ids[part]].to(device)
         latents, steps = data.shard.latents[part].to(device), data.shard.steps[part].to(device)
-        predict_outputs(denoiser, latents, steps, embeddings, empty)
+        predict_outputs(denoiser, latents, steps, conditioning, empty)

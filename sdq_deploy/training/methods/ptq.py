@@ -38,12 +38,12 @@ class Candidate:
 
     Attributes:
         settings: what it tried, for the record.
-        unet: floating point, computing what the source's does; its weights are the ones to round.
+        denoiser: floating point, computing what the source's does; its weights are the ones to round.
         scales: of every site, under their checkpoint keys.
     """
 
     settings: dict[str, float]
-    unet: nn.Module
+    denoiser: nn.Module
     scales: Mapping[str, Tensor]
 
 
@@ -58,7 +58,7 @@ def ptq(context: TrainingContext, _: str = "") -> dict[str, Any]:
     tried: list[dict[str, float]] = []
     with context.bar("fit", _count(context)) as advance:
         for candidate in _ALGORITHMS[algorithm](context, data):
-            student = Student(candidate.unet, context.timesteps, context.spec, candidate.scales)
+            student = Student(candidate.denoiser, context.timesteps, context.spec, candidate.scales)
             student.denoiser.to(context.device)
             snr = trajectory_snr(context, student.denoiser, held_out)
             if all(snr > other["trajectory_snr_db"] for other in tried):
@@ -76,29 +76,29 @@ def _count(context: TrainingContext) -> int:
 
 def _search(context: TrainingContext, _: SerialData) -> Iterator[Candidate]:
     """Where our own training starts from: searched weights, per-step scales."""
-    yield Candidate({}, context.source.unet, load_file(context.folder.scales))
+    yield Candidate({}, context.source.denoiser, load_file(context.folder.scales))
 
 
 def _max(context: TrainingContext, data: SerialData) -> Iterator[Candidate]:
     scales = modelopt_scales(_copy(context), context.spec, data, "max", context.recipe.calibrate.samples_per_step)
-    yield Candidate({}, context.source.unet, scales)
+    yield Candidate({}, context.source.denoiser, scales)
 
 
 def _mse(context: TrainingContext, data: SerialData) -> Iterator[Candidate]:
     scales = modelopt_scales(_copy(context), context.spec, data, "mse", context.recipe.calibrate.samples_per_step)
-    yield Candidate({}, context.source.unet, scales)
+    yield Candidate({}, context.source.denoiser, scales)
 
 
 def _percentile(context: TrainingContext, data: SerialData) -> Iterator[Candidate]:
     samples = context.recipe.calibrate.samples_per_step
     found = percentile_scales(_copy(context), context.spec, data, context.recipe.ptq.percentiles, samples)
     for percentile, scales in found:
-        yield Candidate({"percentile": percentile}, context.source.unet, scales)
+        yield Candidate({"percentile": percentile}, context.source.denoiser, scales)
 
 
 def _smoothquant(context: TrainingContext, data: SerialData) -> Iterator[Candidate]:
     """Factors on the input channels, folded; then searched weights and the activations' largest magnitudes."""
-    unet, spec, settings = context.source.unet, context.spec, context.recipe.calibrate
+    unet, spec, settings = context.source.denoiser, context.spec, context.recipe.calibrate
     points = find_fold_points(unet, spec)
     points = [point for point in points if set(point.readers) <= set(spec.activation_of)]
     seen = _inputs_of(context, [point.readers[0] for point in points], data)
@@ -113,7 +113,7 @@ def _smoothquant(context: TrainingContext, data: SerialData) -> Iterator[Candida
 
 def _awq(context: TrainingContext, data: SerialData) -> Iterator[Candidate]:
     """Factors and clipping for the weights whose inputs are not quantized; the others as our own search has them."""
-    unet, spec = context.source.unet, context.spec
+    unet, spec = context.source.denoiser, context.spec
     alone = {layer: site for layer, site in spec.weight_sites.items() if layer not in spec.activation_of}
     points = [point for point in find_fold_points(unet, spec) if set(point.readers) <= set(alone)]
     seen = _inputs_of(context, list(alone), data, gram=True)
@@ -143,7 +143,7 @@ def _nothing() -> None:
 
 
 def _copy(context: TrainingContext) -> StepDenoiser:
-    return StepDenoiser(copy.deepcopy(context.source.unet), context.timesteps).to(context.device).eval()
+    return StepDenoiser(copy.deepcopy(context.source.denoiser), context.timesteps).to(context.device).eval()
 
 
 _ALGORITHMS: dict[PtqAlgorithm, Callable[[TrainingContext, SerialData], Iterator[Candidate]]] = {

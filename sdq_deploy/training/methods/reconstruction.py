@@ -150,7 +150,9 @@ class Reconstructing:
         self.context, self.inputs, self.settings = context, inputs, context.recipe.reconstruction
         self.folder = context.folder.fit
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.student = Student(context.source.unet, context.timesteps, context.spec, load_file(context.folder.scales))
+        self.student = Student(
+            context.source.denoiser, context.timesteps, context.spec, load_file(context.folder.scales)
+        )
         self.student.denoiser.to(context.device).requires_grad_(False)
         data, self.held_out = (load_split(context.folder.dataset, name) for name in ("training", "validation"))
         self.samples = pick_samples(data, spread_rows(data, self.settings.samples))

@@ -37,7 +37,7 @@ def test_keeps_the_chosen_steps_with_the_teachers_answers(tiny_sd: Path, finishe
     rows = torch.tensor([1, 6])
     with torch.no_grad():
         found = context.teacher(
-            data.shard.latents[rows], data.shard.steps[rows], data.embeddings[data.shard.prompt_ids[rows]]
+            data.shard.latents[rows], data.shard.steps[rows], data.conditioning[data.shard.prompt_ids[rows]]
         )
     torch.testing.assert_close(found, data.shard.conditional[rows], rtol=1e-4, atol=1e-5)
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sdq_deploy.training.student import Student, parameter_groups
 from sdq_export.checkpoint import scale_key, weight_scale_key
+from sdq_export.conditioning import Conditioning
 from sdq_export.quantspec import QuantizedPrecision, QuantSpec
 from sdq_export.reference import build_reference
 from sdq_export.sites import find_sites
-from tests.tiny import tiny_unet
+from tests.tiny import prompt_rows, tiny_unet
 
 TIMESTEPS = torch.tensor([801.0, 601.0, 401.0, 201.0])
 
@@ -37,10 +38,11 @@ def initial_scales(unet: torch.nn.Module, spec: QuantSpec, search: object) -> di
     return scales | {scale_key(site.name): 0.02 + 0.02 * torch.rand(site.num_groups) for site in spec.activations}
 
 
-def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(4, 4, 8, 8, generator=generator)
-    return latents, torch.randperm(4, generator=generator), torch.randn(4, 16, 32, generator=generator)
+    steps = torch.randperm(4, generator=generator)
+    return latents, steps, prompt_rows(torch.randn(4, 16, 32, generator=generator))
 
 
 def gradients(student: Student) -> dict[str, Tensor]:
@@ -87,9 +89,9 @@ def test_a_second_forward_before_the_backward_does_not_disturb_it() -> None:
 
 def test_query_key_and_value_share_one_quantizer() -> None:
     student = make_student()
-    attention = student.denoiser.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+    attention = student.denoiser.model.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     assert attention.to_q.input_quantizer is attention.to_k.input_quantizer is attention.to_v.input_quantizer
-    cross = student.denoiser.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+    cross = student.denoiser.model.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
     assert not cross.to_k.weight_quantizer.is_enabled
 
 

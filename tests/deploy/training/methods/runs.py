@@ -32,7 +32,7 @@ def status_of(out: Path) -> dict[str, Any]:
 def snr_of(model: Path, out: Path, checkpoint: QuantizedCheckpoint) -> float:
     """Held-out trajectory SNR in dB of the reference that export builds from the checkpoint alone."""
     context = small_context(model, out)
-    unet = load_source(model).unet
-    reference = build_reference(unet, checkpoint.spec, checkpoint.tensors, context.timesteps)
+    original = load_source(model).denoiser
+    reference = build_reference(original, checkpoint.spec, checkpoint.tensors, context.timesteps)
     with torch.no_grad():
         return trajectory_snr(context, reference, load_split(out / "dataset", "validation"))

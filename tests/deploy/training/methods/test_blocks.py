@@ -45,7 +45,7 @@ def test_a_block_alone_gives_what_it_gives_in_the_denoiser() -> None:
     denoiser, samples = teacher(), Samples(*inputs())
     for block in blocks():
         caught: list[torch.Tensor] = []
-        handle = denoiser.unet.get_submodule(block.name).register_forward_hook(
+        handle = denoiser.model.get_submodule(block.name).register_forward_hook(
             lambda _, __, output, to=caught: to.append(output[0] if isinstance(output, tuple) else output)
         )
         denoiser(*inputs())

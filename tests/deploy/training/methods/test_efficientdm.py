@@ -34,7 +34,7 @@ def test_it_ends_as_a_checkpoint_without_adapters(tiny_sd: Path, finished_run: P
 def test_what_is_not_quantized_stays_the_teachers(tiny_sd: Path, tuned: Path) -> None:
     from sdq_export.source import load_source
 
-    checkpoint, weights = load_checkpoint(tuned), load_source(tiny_sd).unet.state_dict()
+    checkpoint, weights = load_checkpoint(tuned), load_source(tiny_sd).denoiser.state_dict()
     kept = [name for name, tensor in checkpoint.tensors.items() if tensor.dtype == torch.float32 and name in weights]
     assert len(kept) > 50
     assert all(torch.equal(checkpoint.tensors[name], weights[name]) for name in kept)

@@ -22,7 +22,7 @@ def test_a_smoothed_checkpoint_passes_the_exports_gate(tiny_sd: Path, finished_r
     checkpoint, source = load_checkpoint(run), load_source(tiny_sd)
     norm = "mid_block.attentions.0.transformer_blocks.0.norm1.weight"
     text = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
-    weights = source.unet.state_dict()
+    weights = source.denoiser.state_dict()
     assert not any(torch.allclose(checkpoint.tensors[name], weights[name], rtol=0.05) for name in (norm, text))
     sampler = checkpoint.info.sampler
     plan = compile_sampler(make_scheduler(None, {"_class_name": sampler.scheduler, **sampler.config}), 3)

@@ -57,7 +57,7 @@ def inputs(tiny_sd: Path, finished_run: Path) -> dict[str, Any]:
     context = small_context(tiny_sd, finished_run)
     spec = find_sites(tiny_unet(), 3, "w4a8", groups=1)
     return {
-        "denoiser": StepDenoiser(context.source.unet, context.timesteps).eval(),
+        "denoiser": StepDenoiser(context.source.denoiser, context.timesteps).eval(),
         "spec": spec,
         "data": load_split(finished_run / "dataset", "training"),
         "samples_per_step": 2,
@@ -68,7 +68,7 @@ def test_percentiles_are_the_magnitudes_that_a_sort_finds(inputs: dict[str, Any]
     seen: dict[str, list[Tensor]] = {}
     denoiser, spec = inputs["denoiser"], inputs["spec"]
     for site in spec.activations:
-        denoiser.unet.get_submodule(site.consumers[0]).register_forward_pre_hook(
+        denoiser.model.get_submodule(site.consumers[0]).register_forward_pre_hook(
             lambda _, args, name=site.name: seen.setdefault(name, []).append(args[0].detach().abs().flatten())
         )
     found = dict(percentile_scales(percentiles=(90.0, 99.9), **inputs))

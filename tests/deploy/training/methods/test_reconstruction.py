@@ -17,7 +17,7 @@ from sdq_export.stepping import StepDenoiser
 from tests.deploy.training.helpers import run_workers, start_worker
 from tests.deploy.training.methods.runs import snr_of, status_of
 from tests.deploy.training.test_modelopt_backend import TIMESTEPS, make_student
-from tests.tiny import tiny_unet
+from tests.tiny import prompt_rows, tiny_unet
 
 SETTINGS: dict[str, Any] = {
     "method": "ptq-reconstruction",
@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
 def samples() -> Samples:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(24, 4, 8, 8, generator=generator)
-    return Samples(latents, torch.arange(24) % 4, torch.randn(24, 16, 32, generator=generator))
+    return Samples(latents, torch.arange(24) % 4, prompt_rows(torch.randn(24, 16, 32, generator=generator)))
 
 
 @pytest.mark.parametrize(

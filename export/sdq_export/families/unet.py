@@ -1,0 +1,152 @@
+"""What the families with a UNet2DConditionModel share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from sdq_engines.errors import SdqError
+from sdq_export.capture import capture
+from sdq_export.step_state import StepState
+
+if TYPE_CHECKING:
+    from sdq_export.source import Source
+
+__all__ = [
+    "BLOCKS",
+    "StepRow",
+    "capture_unet",
+    "check_conditions",
+    "is_unet",
+    "quantizable_layers",
+    "unet_latent_shape",
+]
+
+BLOCKS = ("ResnetBlock2D", "Transformer2DModel")
+
+_TIME_PATH = ("time_proj", "time_embedding", "time_emb_proj", "add_time_proj", "add_embedding")
+_CONDITIONS = (
+    "class_embed_type",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+    "num_class_embeds",
+)
+
+
+class StepRow(nn.Module):
+    """Stands where the time path had a module: row `step` of a table, whatever it is called with.
+
+    Args:
+        table: FP32 [T, ...].
+        state: holds the batch's steps.
+    """
+
+    table: Tensor
+
+    def __init__(self, table: Tensor, state: StepState) -> None:
+        super().__init__()
+        self.state = state
+        self.register_buffer("table", table.detach().to(torch.float32), persistent=False)
+
+    def forward(self, *_: Any) -> Tensor:
+        """Rows [B, ...] of the batch's steps."""
+        return self.table[self.state.steps]
+
+
+def is_unet(denoiser: nn.Module) -> bool:
+    """Whether it is diffusers' conditional UNet."""
+    from diffusers import UNet2DConditionModel
+
+    return isinstance(denoiser, UNet2DConditionModel)
+
+
+def unet_latent_shape(source: Source) -> tuple[int, int, int]:
+    """(C, h, w) by the UNet's own sample size."""
+    config: Any = source.denoiser.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(config.in_channels), int(height), int(width)
+
+
+def check_conditions(unet: nn.Module, allowed: Mapping[str, str | None] | None = None) -> None:
+    """Refuse, by name, a UNet whose time path is more than its family knows.
+
+    Args:
+        unet: diffusers' UNet2DConditionModel.
+        allowed: config key -> the value that the family supports; None, the default, for every other.
+
+    Raises:
+        SdqError: class or image embeddings, other added conditions, or another time embedding norm than "default".
+    """
+    config: Any = unet.config
+    for key in _CONDITIONS:
+        if getattr(config, key, None) != (allowed or {}).get(key):
+            raise SdqError(
+                f"The denoiser's {key}={getattr(config, key)!r} mixes a condition into the time path, "
+                "which this version does not support.",
+                "Supported are UNets of the form of Stable Diffusion 1 and 2, and of Stable Diffusion XL.",
+            )
+    for name, module in unet.named_modules():
+        kind = getattr(module, "time_embedding_norm", "default")
+        if kind != "default":
+            raise SdqError(f"The block {name} has time_embedding_norm={kind!r}; only 'default' is supported.")
+
+
+def quantizable_layers(unet: nn.Module) -> dict[str, str]:
+    """See `Family.quantizable_layers`.
+
+    Left out are the time path (precomputed) and the keys and values of cross-attention (the prologue computes them).
+    Query, key and value of a self-attention read the same tensor, named after the attention.
+    """
+    return {
+        layer: _input_tensor(unet, layer)
+        for layer, module in unet.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and not _precomputed(unet, layer)
+    }
+
+
+def _precomputed(unet: nn.Module, layer: str) -> bool:
+    owner, _, part = layer.rpartition(".")
+    if any(name in _TIME_PATH for name in layer.split(".")):
+        return True
+    return part in ("to_k", "to_v") and _is_cross_attention(unet.get_submodule(owner))
+
+
+def _input_tensor(unet: nn.Module, layer: str) -> str:
+    owner, _, part = layer.rpartition(".")
+    shares = part in ("to_q", "to_k", "to_v") and not _is_cross_attention(unet.get_submodule(owner))
+    return owner if shares else layer
+
+
+def _is_cross_attention(module: Any) -> bool:
+    return bool(getattr(module, "is_cross_attention", False))
+
+
+def capture_unet(
+    unet: nn.Module, latent_shape: tuple[int, int, int], conditioning: Mapping[str, Tensor], names: Mapping[str, str]
+) -> ir.Model:
+    """A UNet's graph; see `Family.capture_denoiser`.
+
+    Args:
+        unet: diffusers' UNet2DConditionModel.
+        latent_shape: C, h, w.
+        conditioning: argument of the forward -> an example of two prompts.
+        names: argument -> the input's name in the graph.
+    """
+    inputs = {"sample": torch.randn(2, *latent_shape), "timestep": torch.tensor(1.0), **conditioning}
+    model = capture(
+        unet,
+        inputs,
+        batched=["sample", *conditioning],
+        outputs=["model_output"],
+        batch="2*batch",
+        static={"return_dict": False},
+    )
+    for value in model.graph.inputs:  # they carry the forward's own argument names
+        value.name = names.get(value.name or "", value.name)
+    return model
