@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from sdq_engines.package.layout import COMPONENTS, DENOISER, PROLOGUE, TEXT_ENCODER, VAE_DECODER
+from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER
 from sdq_engines.runtime.pipeline import Pipeline
 
 __all__ = ["BenchReport", "Timing", "bench", "component_calls", "measure"]
@@ -80,7 +81,7 @@ def bench(
     announce("loading")
     started = time.perf_counter()
     pipeline = load()
-    for name in COMPONENTS:
+    for name in pipeline.manifest.components:
         pipeline.session.component(name)
     loaded = time.perf_counter() - started
     components = {}
@@ -108,8 +109,8 @@ def bench(
 
 def component_calls(pipeline: Pipeline, batch: int) -> dict[str, Callable[[], object]]:
     """One call of each component with inputs of the sizes that an image of this batch needs."""
-    embeddings = pipeline.encode([PROMPT])
-    prompt = {name: np.repeat(value, 2 * batch, axis=0) for name, value in pipeline.prologue(embeddings).items()}
+    inputs = pipeline.prompts.encode([PROMPT])
+    prompt = {name: np.repeat(value, 2 * batch, axis=0) for name, value in pipeline.prologue(inputs).items()}
     shape = (batch, *pipeline.manifest.io.latent_shape)
     latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     coefficients = pipeline.coefficients
@@ -121,8 +122,8 @@ def component_calls(pipeline: Pipeline, batch: int) -> dict[str, Callable[[], ob
         stepper.latents()  # a GPU step is enqueued; this waits for it
 
     return {
-        TEXT_ENCODER: lambda: pipeline.encode([PROMPT]),
-        PROLOGUE: lambda: pipeline.prologue(embeddings),
+        **{name: partial(pipeline.prompts.embed, name, [PROMPT]) for name in pipeline.prompts.components},
+        PROLOGUE: lambda: pipeline.prologue(inputs),
         DENOISER: step,
         VAE_DECODER: lambda: pipeline.decode(latents),
     }

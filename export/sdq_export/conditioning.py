@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdq_engines.package.schema import SIZE_INPUT
+
 __all__ = ["POOLED_INPUT", "SIZE_INPUT", "TEXT_INPUT", "Conditioning"]
 
 #: Names of conditioning tensors, which are the prologue's inputs too (docs/package-format.md).
-TEXT_INPUT, POOLED_INPUT, SIZE_INPUT = "text_embeddings", "pooled_embeddings", "time_ids"
+TEXT_INPUT, POOLED_INPUT = "text_embeddings", "pooled_embeddings"
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,9 @@ def _manifest(
         io=ModelIO(
             latent_shape=family.latent_shape(source),
             image_size=family.image_size(source),
+            prologue_inputs=[value.name or "" for value in components.denoiser.prologue.graph.inputs],
             prologue_outputs=prologue_names(components.denoiser.prologue),
+            force_zeros_for_empty_prompt=family.zeros_for_no_prompt(source),
         ),
         text=[text_info(source, encoder) for encoder in family.text_encoders],
         sampler=SamplerInfo(
@@ -209,6 +211,7 @@ def _manifest(
         ),
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in components.by_name()},
+        full_precision=list(family.full_precision(source)),
         tools=tool_versions(),
         files={},
         fidelity={"parity": report.to_manifest()},

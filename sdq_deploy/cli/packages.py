@@ -111,9 +111,9 @@ def build(
 
     for name in engine:
         check_engine_name(name)
-    _check_components(fp32 or [])
     names = list(dict.fromkeys(choose_engine(name) for name in engine))
     checked = open_package(package)
+    _check_components(fp32 or [], list(checked.manifest.components))
     profile = ShapeProfile(batch_min=batch_min, batch_opt=batch_opt, batch_max=batch_max)
     options = {"fp32": fp32} if fp32 else {}
     for name in names:
@@ -258,13 +258,12 @@ def _verify_mode(value: str) -> Literal["full", "cached"]:
     return cast('Literal["full", "cached"]', value)
 
 
-def _check_components(names: list[str]) -> None:
+def _check_components(names: list[str], known: list[str]) -> None:
     from sdq_engines.errors import SdqError
-    from sdq_engines.package.layout import COMPONENTS
 
     for name in names:
-        if name not in COMPONENTS:
-            raise SdqError(f"There is no component {name!r}.", f"Components: {', '.join(COMPONENTS)}.")
+        if name not in known:
+            raise SdqError(f"There is no component {name!r}.", f"Components: {', '.join(known)}.")
 
 
 def _check_output(out: Path) -> None:

@@ -9,6 +9,7 @@ import onnx_ir.passes.common as common
 from sdq_engines.errors import SdqError
 from sdq_engines.lowering.graph import array_of, replace_constant
 from sdq_engines.lowering.regions import STATE_INPUTS, sampler_nodes
+from sdq_engines.package.schema import SIZE_INPUT
 
 __all__ = ["ToFloat16"]
 
@@ -19,15 +20,18 @@ _STAYS_FLOAT = {"Resize": {2}}
 #: Attributes that name an element type.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 #: Inputs and outputs that are FP32 in every engine, so that the sampler's state keeps its precision.
-_FLOAT_IO = STATE_INPUTS | {"latents_out", "history_out", "images"}
+_FLOAT_IO = STATE_INPUTS | {"latents_out", "history_out", "images", SIZE_INPUT}
+#: Functions of an angle, which may be a size of a thousand pixels: in FP16 it would be off by half a radian.
+_OF_ANGLES = ("Sin", "Cos")
 
 
 class ToFloat16(ir.passes.InPlacePass):
-    """Compute the network in FP16 and keep the sampler around it, guidance included, in FP32.
+    """Compute the network in FP16 and keep in FP32 the sampler around it, guidance included, and sinusoids of numbers.
 
     Requires: no subgraphs.
-    Ensures: every operator outside the sampler (see `sampler_nodes`) has FP16 where it had FP32, Q/DQ scales included;
-    the state's inputs and outputs and the images stay FP32, other floating inputs and outputs become FP16. Cases:
+    Ensures: every operator outside the sampler (see `sampler_nodes`) and the angles of sinusoids has FP16 where it had
+    FP32, Q/DQ scales included; the state's inputs and outputs, `time_ids` and the images stay FP32, other floating
+    inputs and outputs become FP16. Cases:
     1. an FP32 constant used by FP16 operators: converted; finite values beyond FP16's range are clamped to it (an
        attention mask's -3.4e38 would become -inf and its softmax NaN);
     2. a constant used on both sides, or by an input that ONNX fixes to FP32: a second copy;
@@ -51,8 +55,8 @@ class ToFloat16(ir.passes.InPlacePass):
         # Hand-made or edited values may carry no type; everything below decides by type.
         common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
         _complete_types(model)
-        full = sampler_nodes(model)
         nodes = list(model.graph)
+        full = sampler_nodes(model) | _angles(nodes)
         typing = _Typing(model)
         for value in model.graph.inputs:
             if value.dtype == _FLOAT and value.name not in _FLOAT_IO:
@@ -174,6 +178,17 @@ def _complete_types(model: ir.Model) -> None:
         for output in node.outputs:
             if output.dtype is None and known:
                 output.dtype = known[0]
+
+
+def _angles(nodes: list[ir.Node]) -> set[ir.Node]:
+    """Every sinusoid and what its angle is computed by."""
+    found = {node for node in nodes if node.op_type in _OF_ANGLES}
+    wanted = {value for node in found for value in node.inputs}
+    for node in reversed(nodes):
+        if any(output in wanted for output in node.outputs):
+            found.add(node)
+            wanted.update(node.inputs)
+    return found
 
 
 def _to_half(array: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ __all__ = [
     "VAE_DECODER",
     "engine_folder",
     "model_file",
+    "runs_per_prompt",
     "tokenizer_file",
 ]
 
@@ -31,8 +32,14 @@ PROLOGUE = "prologue"
 DENOISER = "denoiser"
 VAE_DECODER = "vae_decoder"
 
-#: The ONNX components in the order in which a prompt passes through them.
+#: The components that every package has, in the order in which a prompt passes through them. A family with several text
+#: encoders adds `text_encoder_2`, ...; a package's own list is in its manifest.
 COMPONENTS = (TEXT_ENCODER, PROLOGUE, DENOISER, VAE_DECODER)
+
+
+def runs_per_prompt(component: str) -> bool:
+    """Whether it is a text encoder or the prologue: its batch counts texts, at most two an image."""
+    return component == PROLOGUE or component.startswith(TEXT_ENCODER)
 
 
 def model_file(component: str) -> str:

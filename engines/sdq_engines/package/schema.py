@@ -10,6 +10,7 @@ from sdq_engines.package.layout import ENGINES, TEXT_ENCODER
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SIZE_INPUT",
     "EngineEntry",
     "FileEntry",
     "KernelCounts",
@@ -24,6 +25,9 @@ __all__ = [
 
 #: Raised when a reader of the previous version would misread the package.
 SCHEMA_VERSION = 1
+
+#: The prologue's input for the image's size: original size, crop's corner and target size, FP32 [n, 6].
+SIZE_INPUT = "time_ids"
 
 Precision = Literal["fp32", "fp16", "w8a8", "w4a8", "w4a16"]
 
@@ -48,6 +52,10 @@ class ModelIO(_Strict):
     """(height, width) in pixels."""
     prologue_outputs: list[str]
     """Names of the prologue's outputs, which are inputs of the denoiser under the same names."""
+    prologue_inputs: list[str] = Field(default_factory=lambda: ["text_embeddings"])
+    """Names of the prologue's inputs: outputs of the text encoders, and `time_ids` where the model is told the size."""
+    force_zeros_for_empty_prompt: bool = False
+    """Without a negative prompt the unconditional half sees zeros in place of the empty prompt's embeddings (SDXL)."""
 
 
 class TextInfo(_Strict):
@@ -147,7 +155,9 @@ class Manifest(_Strict):
     sampler: SamplerInfo
     source: SourceInfo
     components: dict[str, str]
-    """Component -> canonical ONNX file, relative to the package."""
+    """Component -> canonical ONNX file, relative to the package; in the order in which a prompt passes through them."""
+    full_precision: list[str] = Field(default_factory=list)
+    """Components that overflow in FP16: every engine computes them in FP32."""
     tools: dict[str, str]
     """Package -> version that wrote this one."""
     files: dict[str, FileEntry]

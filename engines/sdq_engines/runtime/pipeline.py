@@ -17,13 +17,13 @@ import numpy as np
 from sdq_engines.backends.base import Arrays, Session
 from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import PROLOGUE, SAMPLER, TEXT_ENCODER, VAE_DECODER
+from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER
 from sdq_engines.package.store import Package, Verify, open_package
 from sdq_engines.runtime.loop import LoopTime, StepEvent, denoise
 from sdq_engines.runtime.noise import NoiseStream
-from sdq_engines.runtime.requests import ImageRequest, check_sampler, plan_images, refuse_others
+from sdq_engines.runtime.prompts import ImageSize, PromptEncoder
+from sdq_engines.runtime.requests import ImageRequest, check_sampler, check_size, plan_images, refuse_others
 from sdq_engines.runtime.sampler import SamplerTables
-from sdq_engines.runtime.text import PromptTokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,8 +50,7 @@ class Pipeline:
     def __init__(self, package: Package, session: Session) -> None:
         self.package, self.session = package, session
         self.manifest = package.manifest
-        text = self.manifest.text[0]
-        self._tokenizer = PromptTokenizer(package.path(text.tokenizer), text)
+        self.prompts = PromptEncoder(package, session)
         self._tables = SamplerTables.load(package.path(SAMPLER))
 
     @classmethod
@@ -96,6 +95,9 @@ class Pipeline:
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
         scheduler: str | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
         callback: Callable[[StepEvent], None] | None = None,
         **others: Any,
     ) -> PipelineOutput:
@@ -108,6 +110,8 @@ class Pipeline:
             guidance_scale: of classifier-free guidance; by default the package's; 1 or less is none, as in diffusers.
             num_images_per_prompt: images of each prompt.
             num_inference_steps, scheduler: the package's, or nothing.
+            original_size, crops_coords_top_left, target_size: what Stable Diffusion XL is told of the image's origin,
+                (height, width) in pixels; by default an uncropped image of the package's size.
             callback: hears a `StepEvent` after each step.
             others: arguments of diffusers' pipelines; each is refused with the reason.
 
@@ -118,39 +122,38 @@ class Pipeline:
         check_sampler(self.manifest, num_inference_steps, scheduler)
         requests = plan_images(prompt, negative_prompt, seed, num_images_per_prompt)
         guidance = self.manifest.sampler.guidance_scale if guidance_scale is None else float(guidance_scale)
-        prompts = self._conditioning(requests, guidance)
+        size = check_size(self.prompts.takes_size, original_size, crops_coords_top_left, target_size)
+        prompts = self._conditioning(requests, guidance, size)
         latents, images, loops = [], [], []
-        size = self.session.entry.profile.batch_max
-        for start in range(0, len(requests), size):
-            batch = range(start, min(start + size, len(requests)))
+        most = self.session.entry.profile.batch_max
+        for start in range(0, len(requests), most):
+            batch = range(start, min(start + most, len(requests)))
             made, spent = self._denoise([requests[i] for i in batch], batch, guidance, prompts, callback)
             images += self._decode(made)
             latents.append(made)
             loops.append(spent)
         return PipelineOutput(images, np.concatenate(latents), [request.seed for request in requests], loops)
 
-    def _conditioning(self, requests: Sequence[ImageRequest], guidance: float) -> Mapping[str, Arrays]:
-        """The prologue's outputs of every different text of the call, [1, L, inner] each, computed once."""
-        texts = dict.fromkeys(request.prompt for request in requests)
+    def _conditioning(
+        self, requests: Sequence[ImageRequest], guidance: float, size: ImageSize
+    ) -> Mapping[str | None, Arrays]:
+        """The prologue's outputs of every different text of the call, [1, ...] each, computed once."""
+        texts: dict[str | None, None] = dict.fromkeys(request.prompt for request in requests)
         if guidance > 1:
             texts |= dict.fromkeys(request.negative_prompt for request in requests)
-        return {text: self.prologue(self.encode([text])) for text in texts}
+        return {text: self.prologue(self.prompts.encode([text], size)) for text in texts}
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Text embeddings, FP32 [len(texts), L, D]."""
-        ids = self._tokenizer.encode(texts)
-        return self.session.component(TEXT_ENCODER).run({"input_ids": ids})["text_embeddings"]
-
-    def prologue(self, embeddings: np.ndarray) -> Arrays:
-        """What the denoiser needs of text embeddings [batch, L, D], by name, [batch, L, inner] each."""
-        return self.session.component(PROLOGUE).run({"text_embeddings": embeddings})
+    def prologue(self, inputs: Arrays) -> Arrays:
+        """What the denoiser needs of the prompts, [n, ...] by name, from what `prompts.encode` gives."""
+        wanted = {name: inputs[name] for name in self.manifest.io.prologue_inputs}
+        return self.session.component(PROLOGUE).run(wanted)
 
     def _denoise(
         self,
         requests: Sequence[ImageRequest],
         batch: range,
         guidance: float,
-        prompts: Mapping[str, Arrays],
+        prompts: Mapping[str | None, Arrays],
         callback: Callable[[StepEvent], None] | None,
     ) -> tuple[np.ndarray, LoopTime]:
         shape = self.manifest.io.latent_shape
@@ -158,7 +161,7 @@ class Pipeline:
         noise = np.stack([stream.normal(shape) for stream in streams])
         # Without guidance both halves are the prompt's: uncond + 1 * (cond - uncond) = cond.
         first = [request.negative_prompt if guidance > 1 else request.prompt for request in requests]
-        order = [*first, *(request.prompt for request in requests)]
+        order: list[str | None] = [*first, *(request.prompt for request in requests)]
         prompt = {
             name: np.concatenate([prompts[text][name] for text in order]) for name in self.manifest.io.prologue_outputs
         }

@@ -9,8 +9,9 @@ from typing import Any
 
 from sdq_engines.errors import SdqError
 from sdq_engines.package.schema import Manifest
+from sdq_engines.runtime.prompts import ImageSize
 
-__all__ = ["ImageRequest", "check_sampler", "plan_images", "refuse_others"]
+__all__ = ["ImageRequest", "check_sampler", "check_size", "plan_images", "refuse_others"]
 
 #: Arguments of diffusers' pipelines that a compiled package cannot honour, and why.
 _REFUSED = {
@@ -21,6 +22,13 @@ _REFUSED = {
     "height": "the image size is compiled into the package",
     "width": "the image size is compiled into the package",
     "clip_skip": "the text encoder's output layer is compiled into the package",
+    "negative_original_size": "both halves of guidance are told the same size",
+    "negative_crops_coords_top_left": "both halves of guidance are told the same size",
+    "negative_target_size": "both halves of guidance are told the same size",
+    "prompt_2": "all text encoders read the same prompt",
+    "negative_prompt_2": "all text encoders read the same prompt",
+    "pooled_prompt_embeds": "the package encodes prompts itself",
+    "negative_pooled_prompt_embeds": "the package encodes prompts itself",
     "cross_attention_kwargs": "attention is compiled into the package",
     "ip_adapter_image": "the package holds no image adapter",
     "ip_adapter_image_embeds": "the package holds no image adapter",
@@ -38,7 +46,7 @@ class ImageRequest:
     """One image to make."""
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     seed: int
 
 
@@ -66,6 +74,29 @@ def check_sampler(manifest: Manifest, num_inference_steps: int | None, scheduler
         raise SdqError(f"{has}; the scheduler {scheduler} was asked for.", hint)
 
 
+def check_size(
+    takes_size: bool,
+    original_size: tuple[int, int] | None,
+    crops_coords_top_left: tuple[int, int],
+    target_size: tuple[int, int] | None,
+) -> ImageSize:
+    """What the model is told of the image's size.
+
+    Raises:
+        SdqError: a size for a model that takes none, or one that is not two numbers.
+    """
+    asked = {"original_size": original_size, "target_size": target_size}
+    asked |= {"crops_coords_top_left": None if tuple(crops_coords_top_left) == (0, 0) else crops_coords_top_left}
+    for name, value in asked.items():
+        if value is None:
+            continue
+        if not takes_size:
+            raise SdqError(f"This package's model takes no {name}.", "Stable Diffusion XL does.")
+        if len(value) != 2:
+            raise SdqError(f"{name}={value!r} is not two numbers.", "Give (height, width), or (top, left) of a crop.")
+    return ImageSize(original_size, crops_coords_top_left, target_size)
+
+
 def plan_images(
     prompt: str | Sequence[str],
     negative_prompt: str | Sequence[str] | None,
@@ -91,9 +122,9 @@ def plan_images(
     return [ImageRequest(*pair, seed=number) for pair, number in zip(pairs, seeds, strict=True)]
 
 
-def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
+def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
     if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt or ""] * count
+        return [negative_prompt] * count
     if len(negative_prompt) != count:
         raise SdqError(
             f"{len(negative_prompt)} negative prompts were given for {count} prompts.", "Give one, or one each."

@@ -141,6 +141,10 @@ class Family(ABC):
         """Components of the package that overflow in FP16: every engine computes them in FP32."""
         return ()
 
+    def zeros_for_no_prompt(self, source: Source) -> bool:
+        """Whether guidance without a negative prompt sees zeros in place of the empty prompt's embeddings."""
+        return False
+
     def pipeline_options(self, source: Source) -> dict[str, Any]:
         """Arguments of diffusers' pipeline beside the parts and the scheduler."""
         return {}

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from sdq_engines.backends.base import BuildJob, BuildResult
 from sdq_engines.backends.kernels import count, tensorrt_layers
 from sdq_engines.backends.nvidia import cuda
+from sdq_engines.backends.nvidia.backend import FP32_OPTION
 from sdq_engines.errors import SdqError
 from sdq_engines.lowering.graph import apply, load_graph
 from sdq_engines.lowering.save import save_graph
-from sdq_engines.package.layout import COMPONENTS, DENOISER, PROLOGUE, TEXT_ENCODER
+from sdq_engines.package.layout import DENOISER, runs_per_prompt
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -41,9 +42,10 @@ def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildRes
     log = _listen(trt)
     files: dict[str, str | None] = {}
     kernels = None
-    for component in COMPONENTS:
+    options = {**job.options, FP32_OPTION: _in_fp32(job)}
+    for component in job.package.manifest.components:
         job.progress(component, "lowering")
-        graph = apply(load_graph(job.package.component(component)), lowering(component, job.options))
+        graph = apply(load_graph(job.package.component(component)), lowering(component, options))
         path = save_graph(graph, job.out / "work" / component)
         job.progress(component, "building")
         log.layers = ""
@@ -52,13 +54,23 @@ def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildRes
         shutil.rmtree(path.parent)
         if component == DENOISER:
             kernels = count(job.package, tensorrt_layers(log.layers))
-    return BuildResult(files, trt.__version__, _target(trt, library), dict(job.options), kernels)
+    return BuildResult(files, trt.__version__, _target(trt, library), _recorded(options), kernels)
+
+
+def _in_fp32(job: BuildJob) -> list[str]:
+    """What the caller asks to be built in FP32, and what the package says overflows in FP16."""
+    return list(dict.fromkeys([*job.options.get(FP32_OPTION, ()), *job.package.manifest.full_precision]))
+
+
+def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not empty."""
+    return {name: value for name, value in options.items() if value}
 
 
 def shapes(graph: ir.Model, component: str, profile: ShapeProfile) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Each input's (min, opt, max) shape: "batch" counts images; in the text components texts, at most two an image."""
     sizes = (profile.batch_min, profile.batch_opt, profile.batch_max)
-    if component in (TEXT_ENCODER, PROLOGUE):
+    if runs_per_prompt(component):
         sizes = (1, 2, 2 * profile.batch_max)
     found = {}
     for value in graph.graph.inputs:
