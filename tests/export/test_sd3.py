@@ -13,8 +13,12 @@ import torch
 from onnx_ir.passes.common import CheckerPass
 from torch import Tensor
 
+from sdq_engines import Pipeline
+from sdq_engines.backends.registry import backend
+from sdq_engines.build import build_engine
 from sdq_export.conditioning import Conditioning
 from sdq_export.denoiser import build_denoiser, run_passes
+from sdq_export.engines import check_built_engine
 from sdq_export.families.sd3 import StableDiffusion3, StableDiffusion3WithT5
 from sdq_export.parity.graphs import GraphRunner, open_graph
 from sdq_export.passes.modulation import CONTEXT
@@ -194,3 +198,41 @@ def test_a_quantized_package_keeps_parity(quantized_package: ExportResult) -> No
 def test_other_precisions_keep_parity(source: Source, plan: SamplerPlan, precision: Any, tmp_path: Path) -> None:
     checkpoint = quantized_checkpoint(source, plan, precision, keep=KEEP, groups=1)
     assert export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint).report.passed
+
+
+@pytest.mark.parametrize("which", ["source", "source_t5"])
+def test_an_fp32_package_makes_diffusers_images(
+    which: str, plan: SamplerPlan, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source: Source = request.getfixturevalue(which)
+    exported = export_package(source, tmp_path / "package", plan, 7.0, dtype="fp32")
+    assert exported.package.manifest.full_precision == (["text_encoder_3"] if which == "source_t5" else [])
+    folder = build_engine(exported.package, "onnxruntime").folder
+    pipeline = Pipeline.load(folder, engine="onnxruntime")
+    for negative in (None, "green"):
+        found = pipeline(PROMPTS, negative_prompt=negative, seed=[3, 4])
+        wanted = source.pipeline(source.scheduler)(
+            PROMPTS,
+            negative_prompt=None if negative is None else [negative] * 2,
+            num_inference_steps=STEPS,
+            guidance_scale=7.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+            output_type="np",
+        ).images
+        images = np.stack([np.asarray(image, np.float64) / 255 for image in found.images])
+        assert -10 * np.log10(np.mean((images - np.round(wanted * 255) / 255) ** 2) + 1e-12) >= 50
+
+
+@pytest.mark.parametrize("engine", ["openvino", "tensorrt-rtx"])
+def test_engines_take_it(quantized_package: ExportResult, engine: str) -> None:
+    if not backend(engine).available().builds:
+        pytest.skip(f"{engine} is not installed")
+    package = build_engine(quantized_package.package, engine)
+    kernels = package.engine(engine).kernels
+    assert kernels is not None
+    assert (kernels.quantized_layers, kernels.int8, kernels.fallback) == (33, 33, [])
+    if backend(engine).available().works:
+        package, criterion = check_built_engine(package, engine, quantized_package)
+        assert criterion is not None
+        assert criterion.passed
+        assert Pipeline.load(package.folder, engine=engine)("a red circle", seed=1).images[0].size == (64, 64)
