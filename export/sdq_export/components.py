@@ -108,7 +108,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def make_text_encoder(source: Source, encoder: TextEncoder, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
     """A text encoder's graph, and the torch module that it equals."""
     module = encoder.wrap(_stored(source.part(encoder.component), dtype))
-    example = torch.zeros(2, int(source.part(encoder.tokenizer).model_max_length), dtype=torch.int64)
+    example = torch.zeros(2, encoder.length(source), dtype=torch.int64)
     captured = _capture_once(
         source,
         f"{encoder.component} {dtype}",
@@ -126,7 +126,7 @@ def make_vae_decoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module]
 
 def _tokens(source: Source) -> int:
     """L of the first text encoder."""
-    return int(source.part(source.family.text_encoders[0].tokenizer).model_max_length)
+    return source.family.text_encoders[0].length(source)
 
 
 _captured: dict[tuple[Path, str, bool, str], ir.Model] = {}

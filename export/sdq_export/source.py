@@ -41,7 +41,7 @@ class Source:
         self.folder, self.model, self.revision = folder, model, revision
         self.splits_shortcuts = False
         self.index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        self.family = _family(model, self.index)
+        self.family = _family(folder, model, self.index)
         self._parts: dict[str, Any] = {}
 
     @cached_property
@@ -178,14 +178,15 @@ def load_source(model: str | Path, revision: str | None = None) -> Source:
     return source
 
 
-def _family(model: str, index: dict[str, Any]) -> Family:
-    from sdq_export.families import FAMILIES, family_of_pipeline
+def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
+    from sdq_export.families import FAMILIES, family_of_checkpoint
 
-    pipeline = str(index.get("_class_name"))
-    family = family_of_pipeline(pipeline)
+    family = family_of_checkpoint(folder, index)
     if family is None:
-        known = ", ".join(each.pipeline for each in FAMILIES)
-        raise SdqError(f"{model} is a {pipeline}; supported are checkpoints of {known}.", "See docs/families.md.")
+        known = ", ".join(dict.fromkeys(each.pipeline for each in FAMILIES))
+        raise SdqError(
+            f"{model} is a {index.get('_class_name')}; supported are checkpoints of {known}.", "See docs/families.md."
+        )
     return family
 
 

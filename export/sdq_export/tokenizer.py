@@ -17,11 +17,12 @@ __all__ = ["text_info", "tokenizer_json"]
 _PROBES = ("a red circle", "", "Ünïcödé \U0001f534 \u4e00\u4e8c  it's 12.5%", "word " * 200)
 
 
-def tokenizer_json(tokenizer: Any) -> str:
+def tokenizer_json(tokenizer: Any, length: int) -> str:
     """The tokenizer with padding and truncation as diffusers' pipeline uses it, in the format of `tokenizers`.
 
     Args:
-        tokenizer: transformers' CLIPTokenizer.
+        tokenizer: of transformers, CLIPTokenizer for one.
+        length: tokens of a padded prompt.
 
     Raises:
         SdqError: its ids cannot be reproduced.
@@ -32,14 +33,10 @@ def tokenizer_json(tokenizer: Any) -> str:
 
         backend = convert_slow_tokenizer(tokenizer)
     copied = Tokenizer.from_str(backend.to_str())
-    copied.enable_truncation(max_length=int(tokenizer.model_max_length))
-    copied.enable_padding(
-        length=int(tokenizer.model_max_length), pad_id=int(tokenizer.pad_token_id), pad_token=tokenizer.pad_token
-    )
+    copied.enable_truncation(max_length=length)
+    copied.enable_padding(length=length, pad_id=int(tokenizer.pad_token_id), pad_token=tokenizer.pad_token)
     for prompt in _PROBES:
-        wanted = tokenizer(
-            prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True
-        ).input_ids
+        wanted = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
         if copied.encode(prompt).ids != list(wanted):
             raise SdqError(
                 f"The tokenizer {type(tokenizer).__name__} cannot be packaged: its ids for {prompt[:20]!r} are not "
@@ -54,8 +51,8 @@ def text_info(source: Source, encoder: TextEncoder) -> TextInfo:
     return TextInfo(
         component=encoder.component,
         tokenizer=tokenizer_file(encoder.tokenizer),
-        max_length=int(tokenizer.model_max_length),
+        max_length=encoder.length(source),
         pad_token_id=int(tokenizer.pad_token_id),
-        bos_token_id=int(tokenizer.bos_token_id),
+        bos_token_id=-1 if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id),
         eos_token_id=int(tokenizer.eos_token_id),
     )

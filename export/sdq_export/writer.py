@@ -263,7 +263,9 @@ def _stage(staging: Path, source: Source, plan: SamplerPlan, components: Compone
         onnx.checker.check_model(str(save_graph(model, staging / name)), full_check=True)
     files = {
         **{
-            tokenizer_file(encoder.tokenizer): tokenizer_json(source.part(encoder.tokenizer)).encode("utf-8")
+            tokenizer_file(encoder.tokenizer): tokenizer_json(
+                source.part(encoder.tokenizer), encoder.length(source)
+            ).encode("utf-8")
             for encoder in source.family.text_encoders
         },
         SAMPLER: plan.to_bytes(),

@@ -51,7 +51,7 @@ def quantized_checkpoint(
         weight = unet.get_submodule(site.layer).weight
         tensors[weight_scale_key(site.layer)] = scale = largest_value_scale(weight, site)
         tensors[weight_key(site.layer)] = quantize_weight(weight, scale, site)
-    tensors |= activation_scales(unet, spec) | factors
+    tensors |= activation_scales(source, unet, spec) | factors
     info = CheckpointInfo(
         spec=spec,
         sampler=SamplerSettings(
@@ -82,8 +82,8 @@ def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
     return scale if site.block_size is not None else scale[:, 0]
 
 
-def activation_scales(unet: Any, spec: QuantSpec) -> dict[str, Tensor]:
-    """[G] for each site: its largest value on random inputs, times 0.85 to 1.15."""
+def activation_scales(source: Source, unet: Any, spec: QuantSpec) -> dict[str, Tensor]:
+    """[G] for each site: its largest value on random latents, times 0.85 to 1.15."""
     largest: dict[str, float] = {}
     hooks = []
     for site in spec.activations:
@@ -93,11 +93,11 @@ def activation_scales(unet: Any, spec: QuantSpec) -> dict[str, Tensor]:
 
         hooks.append(unet.get_submodule(site.consumers[0]).register_forward_pre_hook(remember))
     generator = torch.Generator().manual_seed(0)
-    config = unet.config
+    prompts = source.family.encode_prompts(source, ["a red circle", "two stars", "", "boats"])
     with torch.no_grad():
-        for timestep in (1, 300, 900):
-            latents = torch.randn(4, config.in_channels, 8, 8, generator=generator)
-            unet(latents, timestep, torch.randn(4, 16, config.cross_attention_dim, generator=generator))
+        for timestep in (1.0, 300.0, 900.0):
+            latents = torch.randn(4, *source.family.latent_shape(source), generator=generator)
+            source.family.predict(unet, latents, torch.tensor(timestep), prompts)
     for hook in hooks:
         hook.remove()
     return {

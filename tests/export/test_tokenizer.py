@@ -43,7 +43,7 @@ def random_captions(count: int) -> list[str]:
 @pytest.fixture(scope="module")
 def packaged(source: Source) -> Tokenizer:
     """The tokenizer as the runtime loads it."""
-    return Tokenizer.from_str(tokenizer_json(source.part("tokenizer")))
+    return Tokenizer.from_str(tokenizer_json(source.part("tokenizer"), 16))
 
 
 def test_ids_are_clip_tokenizers(source: Source, packaged: Tokenizer) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 from torch import nn
 
 from sdq_engines.errors import SdqError
 from sdq_export.families.base import Family
 from sdq_export.families.sd import StableDiffusion
+from sdq_export.families.sd3 import StableDiffusion3, StableDiffusion3WithT5
 from sdq_export.families.sdxl import StableDiffusionXL
 
-__all__ = ["FAMILIES", "Family", "family_of", "family_of_pipeline"]
+__all__ = ["FAMILIES", "Family", "family_of", "family_of_checkpoint"]
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusionXL())
+FAMILIES: tuple[Family, ...] = (
+    StableDiffusion(),
+    StableDiffusionXL(),
+    StableDiffusion3WithT5(),
+    StableDiffusion3(),
+)
 
 
 def family_of(denoiser: nn.Module) -> Family:
@@ -26,6 +36,6 @@ def family_of(denoiser: nn.Module) -> Family:
     raise SdqError(f"The denoiser is a {type(denoiser).__name__}, which no supported model family has.")
 
 
-def family_of_pipeline(pipeline: str) -> Family | None:
-    """The family whose checkpoints name this pipeline in model_index.json."""
-    return next((family for family in FAMILIES if family.pipeline == pipeline), None)
+def family_of_checkpoint(folder: Path, index: Mapping[str, Any]) -> Family | None:
+    """The family of the checkpoint in a folder, by its model_index.json; None if it is none of ours."""
+    return next((family for family in FAMILIES if family.fits(folder, index)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
@@ -32,20 +33,25 @@ class TextEncoder:
         tokenizer: the folder of its tokenizer, in both.
         outputs: what it gives. Outputs of one name from several encoders are joined along the last axis, in order.
         wrap: the encoder -> the module that is captured: ``input_ids`` int64 [n, L] to a tuple of the outputs.
+        max_length: L; None for the tokenizer's own.
     """
 
     component: str
     tokenizer: str
     outputs: tuple[str, ...]
     wrap: Callable[[nn.Module], nn.Module]
+    max_length: int | None = None
+
+    def length(self, source: Source) -> int:
+        """L, the tokens of a padded prompt."""
+        return self.max_length or int(source.part(self.tokenizer).model_max_length)
 
     def token_ids(self, source: Source, prompts: Sequence[str]) -> Tensor:
-        """int64 [n, L], padded and cut to the tokenizer's length."""
-        tokenizer = source.part(self.tokenizer)
-        ids: Tensor = tokenizer(
+        """int64 [n, L], padded and cut."""
+        ids: Tensor = source.part(self.tokenizer)(
             list(prompts),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=self.length(source),
             truncation=True,
             return_tensors="pt",
         ).input_ids
@@ -104,6 +110,10 @@ class Family(ABC):
     blocks: ClassVar[tuple[str, ...]]
 
     # The checkpoint
+
+    def fits(self, folder: Path, index: Mapping[str, Any]) -> bool:
+        """Whether the checkpoint in this folder, of this model_index.json, is of the family."""
+        return index.get("_class_name") == self.pipeline
 
     @abstractmethod
     def check_source(self, source: Source) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sdq_export.step_state import StepState
 
-__all__ = ["FrozenLinear", "NoTimeProjection", "StepRow"]
+__all__ = ["NoTimeProjection", "StepRow"]
 
 
 class StepRow(nn.Module):
@@ -30,29 +30,6 @@ class StepRow(nn.Module):
     def forward(self, *_: Any) -> Tensor:
         """Rows [B, ...] of the batch's steps."""
         return self.table[self.state.steps]
-
-
-class FrozenLinear(nn.Module):
-    """A Linear whose weight and bias are buffers, not parameters; it computes in FP32 under autocast too.
-
-    For what the time path still computes where it depends on the prompt: in a package the prologue has done that.
-
-    Args:
-        linear: is not changed; the buffers share its memory.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.register_buffer("weight", linear.weight.detach(), persistent=False)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x W^T + b, [..., C_out]."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
-            return nn.functional.linear(x.float(), self.weight, self.bias)
 
 
 class NoTimeProjection(nn.Module):

@@ -164,12 +164,16 @@ def block_outputs(denoiser: StepDenoiser, block: Block, inputs: BlockInputs) -> 
 
 
 def run_block(denoiser: StepDenoiser, block: Block, inputs: BlockInputs) -> Tensor:
-    """One call of the block by itself, with the steps of its samples."""
+    """One call of the block by itself, with the steps of its samples; several outputs joined along the tokens."""
     module: nn.Module = denoiser.model.get_submodule(block.name)
     with denoiser.state.during(inputs.steps):
         output: Any = module(*inputs.arguments, **inputs.keywords)
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+    if not isinstance(output, tuple):
+        result: Tensor = output
+        return result
+    # a joint attention's block gives the text's tokens and the image's, its last one the image's alone
+    streams = [stream for stream in output if stream is not None]
+    return streams[0] if len(streams) == 1 else torch.cat(streams, dim=1)
 
 
 @torch.no_grad()
