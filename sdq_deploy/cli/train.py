@@ -55,7 +55,12 @@ def train(
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="A recipe's name or TOML file. Default: the model's family.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="UTF-8 text, one prompt per line.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Text, one prompt per line, or .csv, .tsv, .jsonl, .parquet.")
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option("--prompt-column", help="Of such a table; default: prompt, caption or text.")
+    ] = None,
     precision: Annotated[_Precision | None, typer.Option("--precision", help="Weights and activations.")] = None,
     method: Annotated[
         _Method | None, typer.Option("--method", help="How integers and scales are found; default: s2p.")
@@ -107,7 +112,15 @@ def train(
         key: value for key, value in options.items() if value is not None
     }
     settings = resolve_settings(
-        model, out, recipe=recipe, overrides=overrides, prompt_file=prompts, seed=seed, revision=revision, resume=resume
+        model,
+        out,
+        recipe=recipe,
+        overrides=overrides,
+        prompt_file=prompts,
+        prompt_column=prompt_column,
+        seed=seed,
+        revision=revision,
+        resume=resume,
     )
     ran = run_training(settings, resume=resume, dataset=dataset, cpu=cpu)
     _print_result(out, ran, json)

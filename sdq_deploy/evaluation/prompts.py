@@ -57,10 +57,10 @@ def prompts_of_split(split: Split, count: int) -> PromptSet:
 
 
 def prompts_of_file(path: Path, count: int | None, first_seed: int, shapes: bool) -> PromptSet:
-    """Prompts of a text file, one per line; image i starts from `first_seed + i`.
+    """Prompts of a file, see `read_prompts`; image i starts from `first_seed + i`.
 
     Args:
-        path: a UTF-8 file.
+        path: text or a table.
         count: images to make; more than there are lines takes the lines again, with further seeds. None: one a line.
         first_seed: of the first image.
         shapes: whether they are captions of shapes-64, from which is known what the images must show.
@@ -68,7 +68,7 @@ def prompts_of_file(path: Path, count: int | None, first_seed: int, shapes: bool
     Raises:
         SdqError: see `read_prompts`; or a caption names no shape.
     """
-    from sdq_deploy.training.prompts import read_prompts
+    from sdq_deploy.training.prompt_files import read_prompts
 
     lines = read_prompts(path)
     wanted = count or len(lines)

@@ -1,14 +1,11 @@
-"""Prompt lists: read from a file, or the embedded model's own captions; split into training and held-out prompts."""
+"""Prompts of a training: the embedded model's own captions, the split into training and held-out ones, their seeds."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
-from sdq_engines.errors import SdqError
-
-__all__ = ["PromptSplit", "read_prompts", "shapes_prompts", "split_prompts", "stable_seed"]
+__all__ = ["PromptSplit", "shapes_prompts", "split_prompts", "stable_seed"]
 
 
 @dataclass(frozen=True)
@@ -17,28 +14,6 @@ class PromptSplit:
 
     training: tuple[str, ...]
     validation: tuple[str, ...]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line of a UTF-8 file; empty lines are skipped.
-
-    Raises:
-        SdqError: the file is missing, not UTF-8, or holds no prompt.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise SdqError(f"The prompt file {path} does not exist.") from error
-    except UnicodeDecodeError as error:
-        raise SdqError(
-            f"The prompt file {path} is not UTF-8 text (byte {error.start}).", "Save it as UTF-8, one prompt per line."
-        ) from error
-    except OSError as error:
-        raise SdqError(f"The prompt file {path} cannot be read: {error.strerror}.") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise SdqError(f"The prompt file {path} is empty.", "Write one prompt per line.")
-    return prompts
 
 
 def shapes_prompts(num_prompts: int, validation_prompts: int) -> list[str]:

@@ -10,7 +10,8 @@ from sdq_deploy.models import EMBEDDED
 from sdq_deploy.recipes.load import read_recipe, recipe_from, with_overrides
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingSettings
-from sdq_deploy.training.prompts import read_prompts, shapes_prompts
+from sdq_deploy.training.prompt_files import read_prompts
+from sdq_deploy.training.prompts import shapes_prompts
 from sdq_deploy.training.run import read_settings
 from sdq_engines.errors import SdqError
 
@@ -29,6 +30,7 @@ def resolve_settings(
     recipe: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     prompt_file: Path | None = None,
+    prompt_column: str | None = None,
     seed: int | None = None,
     revision: str | None = None,
     resume: bool = False,
@@ -55,20 +57,22 @@ def resolve_settings(
         out=out,
         recipe=chosen,
         recipe_tree=tree,
-        prompts=_prompts(model, chosen, prompt_file, recorded),
+        prompts=_prompts(model, chosen, prompt_file, prompt_column, recorded),
         seed=seed if seed is not None else recorded.get("seed", 0),
         revision=revision or recorded.get("revision"),
     )
 
 
-def _prompts(model: str, recipe: Recipe, prompt_file: Path | None, recorded: Mapping[str, Any]) -> tuple[str, ...]:
+def _prompts(
+    model: str, recipe: Recipe, prompt_file: Path | None, column: str | None, recorded: Mapping[str, Any]
+) -> tuple[str, ...]:
     if prompt_file is not None:
-        return tuple(read_prompts(prompt_file))
+        return tuple(read_prompts(prompt_file, column))
     if model == EMBEDDED:
         return tuple(shapes_prompts(recipe.collect.num_prompts, recipe.collect.validation_prompts))
     if recorded:
         return tuple(recorded["prompts"])
     raise SdqError(
         "Training needs prompts like those that the model will be used with, and none were given.",
-        "Write some hundred of them into a text file, one per line, and give it with --prompts FILE.",
+        "Write some hundred of them into a text file, one per line, or give a table with a column of them: --prompts FILE",
     )
