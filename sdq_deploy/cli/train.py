@@ -85,6 +85,9 @@ def train(
     revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what RUN holds; options given here win.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take: layers, disk, memory, time.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Train a quantized denoiser and save it as RUN/checkpoint.
@@ -122,6 +125,12 @@ def train(
         revision=revision,
         resume=resume,
     )
+    if dry_run:
+        from sdq_deploy.cli.forecast import print_forecast
+        from sdq_deploy.training.forecast import forecast
+
+        print_forecast(forecast(settings), json)
+        return
     ran = run_training(settings, resume=resume, dataset=dataset, cpu=cpu)
     _print_result(out, ran, json)
 

@@ -74,5 +74,5 @@ def _prompts(
         return tuple(recorded["prompts"])
     raise SdqError(
         "Training needs prompts like those that the model will be used with, and none were given.",
-        "Write some hundred of them into a text file, one per line, or give a table with a column of them: --prompts FILE",
+        "Write some hundred of them into a text file, one per line, or into a table's column: --prompts FILE",
     )
