@@ -17,12 +17,13 @@ from sdq_export.checkpoint import (
     weight_key,
     weight_scale_key,
 )
+from sdq_export.conditioning import TEXT_INPUT, Conditioning
 from sdq_export.quantspec import QuantizedPrecision, QuantSpec, WeightSite, grid_limits
 from sdq_export.sampler import SamplerPlan
 from sdq_export.sites import find_sites
 from sdq_export.source import Source
 
-TIME_PATH = ("time_embedding", "time_emb_proj")
+TIME_PATH = ("time_embedding", "time_emb_proj", "add_embedding")
 
 
 def quantized_checkpoint(
@@ -37,7 +38,7 @@ def quantized_checkpoint(
         weight = unet.get_submodule(site.layer).weight
         tensors[weight_scale_key(site.layer)] = scale = largest_value_scale(weight, site)
         tensors[weight_key(site.layer)] = quantize_weight(weight, scale, site)
-    tensors |= activation_scales(unet, spec)
+    tensors |= activation_scales(source, spec)
     info = CheckpointInfo(
         spec=spec,
         sampler=SamplerSettings(
@@ -59,8 +60,9 @@ def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
     return scale if site.block_size is not None else scale[:, 0]
 
 
-def activation_scales(unet: Any, spec: QuantSpec) -> dict[str, Tensor]:
+def activation_scales(source: Source, spec: QuantSpec) -> dict[str, Tensor]:
     """[G] for each site: its largest value on random inputs, times 0.85 to 1.15."""
+    unet = source.denoiser
     largest: dict[str, float] = {}
     hooks = []
     for site in spec.activations:
@@ -74,7 +76,11 @@ def activation_scales(unet: Any, spec: QuantSpec) -> dict[str, Tensor]:
     with torch.no_grad():
         for timestep in (1, 300, 900):
             latents = torch.randn(4, config.in_channels, 8, 8, generator=generator)
-            unet(latents, timestep, torch.randn(4, 16, config.cross_attention_dim, generator=generator))
+            text = torch.randn(4, 16, config.cross_attention_dim, generator=generator)
+            others = source.family.encode_prompts(source, ["a red circle"] * 4).tensors
+            source.family.predict(
+                unet, latents, torch.tensor(float(timestep)), Conditioning({**others, TEXT_INPUT: text})
+            )
     for hook in hooks:
         hook.remove()
     return {
