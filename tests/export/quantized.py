@@ -18,13 +18,14 @@ from sdq_export.checkpoint import (
     weight_key,
     weight_scale_key,
 )
+from sdq_export.conditioning import TEXT_INPUT, Conditioning
 from sdq_export.quantspec import QuantizedPrecision, QuantSpec, WeightSite, grid_limits
 from sdq_export.sampler import SamplerPlan
 from sdq_export.sites import find_sites
 from sdq_export.smoothing import INVERSE, smooth_, smoothing_key
 from sdq_export.source import Source
 
-TIME_PATH = ("time_embedding", "time_emb_proj")
+TIME_PATH = ("time_embedding", "time_emb_proj", "add_embedding")
 
 
 def quantized_checkpoint(
