@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.checkpoints import _component, published, scaled, write_checkpoint
-from tests.tiny import write_tiny_sd, write_tiny_sd3, write_tiny_sd21, write_tiny_sdxl
+from tests.tiny import write_tiny_sd, write_tiny_sd2, write_tiny_sd3, write_tiny_sdxl
 
 # What the published checkpoints hold, in parameters.
 PARAMETERS = {
@@ -39,7 +39,7 @@ def test_the_published_architectures_have_the_published_sizes(family: str, compo
     ("write", "pipeline"),
     [
         (write_tiny_sd, "StableDiffusionPipeline"),
-        (write_tiny_sd21, "StableDiffusionPipeline"),
+        (write_tiny_sd2, "StableDiffusionPipeline"),
         (write_tiny_sdxl, "StableDiffusionXLPipeline"),
         (write_tiny_sd3, "StableDiffusion3Pipeline"),
     ],

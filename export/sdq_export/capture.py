@@ -26,30 +26,33 @@ _KEPT, _MASKED = 0.0, -65504.0
 
 def capture(
     module: nn.Module,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor | Mapping[str, Tensor]],
     *,
     batched: Sequence[str],
     outputs: Sequence[str],
     batch: str = "batch",
     static: Mapping[str, Any] | None = None,
+    input_names: Sequence[str] | None = None,
 ) -> ir.Model:
     """Export ``module`` as one ONNX graph of opset 21.
 
     Args:
         module: in eval mode, FP32.
-        inputs: argument name -> an example, at least two samples where batched (a size of one would be specialized).
+        inputs: argument name -> an example, at least two samples where batched (a size of one would be specialized), or
+            a dict of examples.
         batched: names of the inputs whose first axis is the batch.
         outputs: names for the outputs, in order.
         batch: the symbol for the batch size in every shape.
         static: further arguments that are not tensors.
+        input_names: what the graph calls the inputs, those of a dict one by one; the arguments' names by default.
 
     Returns:
         The graph; its nodes carry ``pkg.torch.onnx.name_scopes``, weights their torch names where the exporter did
         not fold them.
     """
-    free = torch.export.Dim.DYNAMIC
     extra = dict(static or {})
-    shapes: dict[str, Any] = {name: {0: free} if name in batched else None for name in inputs}
+    names = list(input_names or inputs)
+    shapes: dict[str, Any] = {name: _dynamic(value, name in batched) for name, value in inputs.items()}
     shapes |= dict.fromkeys(extra)
     with _quiet(), torch.no_grad():
         program = torch.export.export(module, (), kwargs={**inputs, **extra}, dynamic_shapes=shapes, strict=False)
@@ -57,7 +60,7 @@ def capture(
             program,
             dynamo=True,
             opset_version=OPSET,
-            input_names=list(inputs),
+            input_names=names,
             output_names=list(outputs),
             verbose=False,
             custom_translation_table={
@@ -67,8 +70,17 @@ def capture(
         )
     assert exported is not None
     model: ir.Model = exported.model
+    for value, name in zip(model.graph.inputs, names, strict=True):
+        value.name = name
     _name_batch(model, batch)
     return model
+
+
+def _dynamic(value: Tensor | Mapping[str, Tensor], batched: bool) -> Any:
+    """Which axes of an input are free, in the form of `torch.export`."""
+    if isinstance(value, Mapping):
+        return {name: _dynamic(part, batched) for name, part in value.items()}
+    return {0: torch.export.Dim.DYNAMIC} if batched else None
 
 
 def _attention(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER
 from sdq_export.capture import capture
@@ -83,11 +83,17 @@ def make_denoiser(
         family.cuts(tables),
         plan,
         shape,
-        weights={name: tensor.numpy() for name, tensor in reference.model.state_dict().items()},
+        weights={name: tensor.numpy() for name, tensor in _tensors(reference.model)},
         spec=checkpoint.spec if checkpoint else None,
         tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
         store_fp16=dtype == "fp16",
     )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that a checkpoint does not save: what is left of the time path."""
+    yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    yield from model.named_buffers()
 
 
 def make_text_encoder(source: Source, encoder: TextEncoder, dtype: Dtype) -> tuple[ir.Model, nn.Module]:

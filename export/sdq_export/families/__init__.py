@@ -12,10 +12,16 @@ from sdq_engines.errors import SdqError
 from sdq_export.families.base import Family
 from sdq_export.families.sd import StableDiffusion
 from sdq_export.families.sd3 import StableDiffusion3, StableDiffusion3WithT5
+from sdq_export.families.sdxl import StableDiffusionXL
 
 __all__ = ["FAMILIES", "Family", "family_of", "family_of_checkpoint"]
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), StableDiffusion3WithT5(), StableDiffusion3())
+FAMILIES: tuple[Family, ...] = (
+    StableDiffusion(),
+    StableDiffusionXL(),
+    StableDiffusion3WithT5(),
+    StableDiffusion3(),
+)
 
 
 def family_of(denoiser: nn.Module) -> Family:

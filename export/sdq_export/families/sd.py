@@ -13,9 +13,9 @@ from sdq_engines.errors import SdqError
 from sdq_export.conditioning import TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
 from sdq_export.families.text import LastHiddenState
+from sdq_export.families.time_path import NoTimeProjection, StepRow
 from sdq_export.families.unet import (
     BLOCKS,
-    StepRow,
     capture_unet,
     check_conditions,
     is_unet,
@@ -95,7 +95,7 @@ class StableDiffusion(Family):
         for path, table in tables.items():
             denoiser.get_submodule(path).time_emb_proj = StepRow(table, state)
         model: Any = denoiser
-        model.time_proj, model.time_embedding, model.time_embed_act = _NoTimeProjection(), _NoTimeEmbedding(), None
+        model.time_proj, model.time_embedding, model.time_embed_act = NoTimeProjection(), _NoTimeEmbedding(), None
 
     def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
         return quantizable_layers(denoiser)
@@ -103,16 +103,11 @@ class StableDiffusion(Family):
     def capture_denoiser(self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int) -> ir.Model:
         config: Any = denoiser.config
         text = {"encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim)}
-        return capture_unet(denoiser, latent_shape, text, {"encoder_hidden_states": TEXT_INPUT})
+        return capture_unet(denoiser, latent_shape, text, [TEXT_INPUT])
 
     def cuts(self, tables: Mapping[str, Tensor]) -> GraphCuts:
         rows = {block: table.numpy() for block, table in tables.items()}
         return GraphCuts([KeepPrologue(TEXT_INPUT)], [TimeTables(rows), CutPrologue(TEXT_INPUT)])
-
-
-class _NoTimeProjection(nn.Module):
-    def forward(self, timesteps: Tensor) -> Tensor:
-        return timesteps.reshape(-1, 1)
 
 
 class _NoTimeEmbedding(nn.Module):

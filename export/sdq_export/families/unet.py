@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdq_engines.errors import SdqError
 from sdq_export.capture import capture
-from sdq_export.step_state import StepState
 
 if TYPE_CHECKING:
     from sdq_export.source import Source
 
 __all__ = [
     "BLOCKS",
-    "StepRow",
     "capture_unet",
     "check_conditions",
     "is_unet",
@@ -36,26 +34,6 @@ _CONDITIONS = (
     "time_cond_proj_dim",
     "num_class_embeds",
 )
-
-
-class StepRow(nn.Module):
-    """Stands where the time path had a module: row `step` of a table, whatever it is called with.
-
-    Args:
-        table: FP32 [T, ...].
-        state: holds the batch's steps.
-    """
-
-    table: Tensor
-
-    def __init__(self, table: Tensor, state: StepState) -> None:
-        super().__init__()
-        self.state = state
-        self.register_buffer("table", table.detach().to(torch.float32), persistent=False)
-
-    def forward(self, *_: Any) -> Tensor:
-        """Rows [B, ...] of the batch's steps."""
-        return self.table[self.state.steps]
 
 
 def is_unet(denoiser: nn.Module) -> bool:
@@ -128,25 +106,22 @@ def _is_cross_attention(module: Any) -> bool:
 
 
 def capture_unet(
-    unet: nn.Module, latent_shape: tuple[int, int, int], conditioning: Mapping[str, Tensor], names: Mapping[str, str]
+    unet: nn.Module, latent_shape: tuple[int, int, int], prompts: Mapping[str, Any], names: Sequence[str]
 ) -> ir.Model:
     """A UNet's graph; see `Family.capture_denoiser`.
 
     Args:
         unet: diffusers' UNet2DConditionModel.
         latent_shape: C, h, w.
-        conditioning: argument of the forward -> an example of two prompts.
-        names: argument -> the input's name in the graph.
+        prompts: argument of the forward -> an example of two prompts, or a dict of them.
+        names: what these tensors are called in the graph, in order.
     """
-    inputs = {"sample": torch.randn(2, *latent_shape), "timestep": torch.tensor(1.0), **conditioning}
-    model = capture(
+    return capture(
         unet,
-        inputs,
-        batched=["sample", *conditioning],
+        {"sample": torch.randn(2, *latent_shape), "timestep": torch.tensor(1.0), **prompts},
+        input_names=["sample", "timestep", *names],
+        batched=["sample", *prompts],
         outputs=["model_output"],
         batch="2*batch",
         static={"return_dict": False},
     )
-    for value in model.graph.inputs:  # they carry the forward's own argument names
-        value.name = names.get(value.name or "", value.name)
-    return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from sdq_export.graph import add_input, drop_unused_inputs, module_of, rename
@@ -13,34 +15,39 @@ _PARTS = {"to_k": "key", "to_v": "value"}
 
 
 class KeepPrologue(ir.passes.InPlacePass):
-    """Keep the keys and values of the text, for each cross-attention, and nothing else.
+    """Keep the keys and values of the text, for each cross-attention, and what else an earlier pass has put out.
 
-    Requires: the text is read by ``to_k`` and ``to_v`` of attentions only.
-    Ensures: the outputs are ``<attention>.key`` and ``<attention>.value`` in graph order, the text the only input.
+    Requires: the text is read by ``to_k`` and ``to_v`` of attentions only; the graph's first output is the prediction.
+    Ensures: the outputs are ``<attention>.key`` and ``<attention>.value`` in graph order, then those that were behind
+    the prediction; there are no inputs but the text and `also`.
 
     Args:
         text_input: the captured graph's name for the text embeddings.
-        batch: the symbol for the batch size of the prologue.
+        also: other conditioning that the prologue may read.
+        batch: the symbol for the batch size of the prologue, in place of the captured graph's ``2*batch``.
     """
 
-    def __init__(self, text_input: str, batch: str = "batch") -> None:
+    def __init__(self, text_input: str, also: Sequence[str] = (), batch: str = "batch") -> None:
         super().__init__()
         self.text_input = text_input
+        self.also = also
         self.batch = batch
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Cut in place."""
         graph = model.graph
         projections = _text_projections(model, self.text_input)
+        others = list(graph.outputs)[1:]
         graph.outputs.clear()
         for name, node in projections.items():
             rename(node, name)
             graph.outputs.append(node.outputs[0])
+        graph.outputs.extend(others)
         RemoveDeadCode()(model)
         drop_unused_inputs(graph, [value.name or "" for value in graph.inputs])
         for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
             if value.shape is not None:
-                value.shape = ir.Shape([self.batch, *value.shape[1:]])
+                value.shape = ir.Shape([self._single(dim) for dim in value.shape])
         return ir.passes.PassResult(model, modified=True)
 
     def requires(self, model: ir.Model) -> None:
@@ -48,10 +55,14 @@ class KeepPrologue(ir.passes.InPlacePass):
         _text_projections(model, self.text_input)
 
     def ensures(self, model: ir.Model) -> None:
-        """The text is the only input."""
+        """Nothing but conditioning is read."""
         names = [value.name for value in model.graph.inputs]
-        if names != [self.text_input]:
-            raise ir.passes.PostconditionError(f"the prologue's inputs are {names}, only {self.text_input} is wanted")
+        if set(names) - {self.text_input, *self.also}:
+            raise ir.passes.PostconditionError(f"the prologue's inputs are {names}, conditioning alone is wanted")
+
+    def _single(self, dim: int | ir.SymbolicDim) -> int | str:
+        name = _dim(dim)
+        return self.batch if name == "2*batch" else name
 
 
 class CutPrologue(ir.passes.InPlacePass):

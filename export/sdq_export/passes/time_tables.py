@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from sdq_export.graph import NodeList, add_input, array_of, constant, drop_unused_inputs, layers_of, module_of, rename
 from sdq_export.passes.clean_up import RemoveDeadCode
 
-__all__ = ["STEP_INPUT", "TimeTables"]
+__all__ = ["STEP_INPUT", "TimeTables", "no_time_path_left", "time_addition"]
 
 STEP_INPUT = "step"
-_TIME_MODULES = ("time_proj", "time_embedding", "time_emb_proj")
+_TIME_MODULES = ("time_proj", "time_embedding", "time_emb_proj", "add_time_proj", "add_embedding")
 
 
 class TimeTables(ir.passes.InPlacePass):
@@ -54,13 +54,11 @@ class TimeTables(ir.passes.InPlacePass):
         """Every block's addition is where this pass looks for it."""
         layers = layers_of(model)
         for block in self.tables:
-            _time_addition(block, layers)
+            time_addition(block, layers)
 
     def ensures(self, model: ir.Model) -> None:
         """Nothing of the time path is left."""
-        left = [node.name for node in model.graph if _is_time_path(module_of(node))]
-        if left or any(value.name == self.timestep_input for value in model.graph.inputs):
-            raise ir.passes.PostconditionError(f"the time path is still in the graph: {left or self.timestep_input}")
+        no_time_path_left(model, [self.timestep_input])
 
     def _replace(
         self,
@@ -70,7 +68,7 @@ class TimeTables(ir.passes.InPlacePass):
         layers: Mapping[str, ir.Node],
         step: ir.Value,
     ) -> None:
-        convolution, addition = layers[f"{block}.conv1"], _time_addition(block, layers)
+        convolution, addition = layers[f"{block}.conv1"], time_addition(block, layers)
         rows = table.astype(np.float32)
         if len(convolution.inputs) > 2:
             rows = rows + array_of(convolution.inputs[2])
@@ -85,8 +83,24 @@ class TimeTables(ir.passes.InPlacePass):
         rename(addition, f"{block}/add_time_row")
 
 
-def _time_addition(block: str, layers: Mapping[str, ir.Node]) -> ir.Node:
-    """The Add of conv1's output and the projected time embedding."""
+def no_time_path_left(model: ir.Model, inputs: Sequence[str]) -> None:
+    """Check that no node of the time path is left, nor any of its inputs.
+
+    Raises:
+        PostconditionError: naming what is.
+    """
+    left = [node.name for node in model.graph if _is_time_path(module_of(node))]
+    left += [value.name for value in model.graph.inputs if value.name in inputs]
+    if left:
+        raise ir.passes.PostconditionError(f"the time path is still in the graph: {left}")
+
+
+def time_addition(block: str, layers: Mapping[str, ir.Node]) -> ir.Node:
+    """The Add of conv1's output and the projected time embedding.
+
+    Raises:
+        PreconditionError: conv1 is read by something else, or something else is added to it.
+    """
     convolution, projection = layers[f"{block}.conv1"], layers[f"{block}.time_emb_proj"]
     consumers = list(convolution.outputs[0].consumers())
     if len(consumers) != 1 or consumers[0].op_type != "Add":
