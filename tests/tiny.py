@@ -14,6 +14,8 @@ from benchmarks.checkpoints import T5, clip_tokenizer, randomize_, t5_tokenizer,
 from sdq_export.conditioning import Conditioning
 
 WIDTH, MAX_LENGTH, T5_MAX_LENGTH = 32, 16, 24
+#: Of the second text encoder, and of its pooled embedding.
+SECOND_WIDTH, POOLED_WIDTH = 48, 40
 
 _UNET = {
     "sample_size": 8,
@@ -36,11 +38,36 @@ _DDIM = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+_SD2_UNET = {**_UNET, "attention_head_dim": [4, 4, 8], "use_linear_projection": True, "upcast_attention": True}
+_SDXL_UNET = {
+    **_UNET,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [2, 4, 8],
+    "transformer_layers_per_block": [1, 1, 2],
+    "use_linear_projection": True,
+    "cross_attention_dim": WIDTH + SECOND_WIDTH,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + POOLED_WIDTH,
+}
 
 
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
     """Three levels, cross-attention in two, 8x8 latents; SD's structure in every respect but its size."""
     unet: UNet2DConditionModel = randomize_(UNet2DConditionModel(**_UNET), seed)
+    return unet
+
+
+def tiny_sd2_unet(seed: int = 0) -> UNet2DConditionModel:
+    """Stable Diffusion 2's forms: linear projections, heads by level, upcast attention."""
+    unet: UNet2DConditionModel = randomize_(UNet2DConditionModel(**_SD2_UNET), seed)
+    return unet
+
+
+def tiny_sdxl_unet(seed: int = 0) -> UNet2DConditionModel:
+    """SDXL's forms: no attention at the first level, deeper transformers below, pooled prompt and size added."""
+    unet: UNet2DConditionModel = randomize_(UNet2DConditionModel(**_SDXL_UNET), seed)
     return unet
 
 
@@ -56,29 +83,15 @@ def write_tiny_sd(folder: Path, seed: int = 0) -> Path:
 
 
 def write_tiny_sd2(folder: Path, seed: int = 0) -> Path:
-    """Stable Diffusion 2.1: v-prediction, linear projections, another number of heads on each level."""
-    unet = {**_UNET, "attention_head_dim": [2, 4, 4], "use_linear_projection": True}
-    encoder = _clip(WIDTH) | {"hidden_act": "gelu"}
-    return write_checkpoint(
-        folder, "sd21", {"unet": unet, "vae": _VAE, "text_encoder": encoder, "tokenizer": _TOKENIZER}, seed=seed
-    )
+    """Stable Diffusion 2.1: v-prediction, a text encoder with OpenCLIP's activation and separate padding."""
+    encoder = _clip(WIDTH) | {"hidden_act": "gelu", "num_hidden_layers": 3}
+    changes = {"unet": _SD2_UNET, "vae": _VAE, "text_encoder": encoder, "tokenizer": _TOKENIZER}
+    return write_checkpoint(folder, "sd21", changes, seed=seed)
 
 
 def write_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
-    """Stable Diffusion XL: two text encoders (32 and 24 channels), text and sizes in the time embedding."""
-    unet = {
-        "sample_size": 8,
-        "block_out_channels": [16, 32, 32],
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "attention_head_dim": [2, 4, 4],
-        "transformer_layers_per_block": [1, 1, 2],
-        "cross_attention_dim": WIDTH + 24,
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 24,
-    }
-    changes = {"unet": unet, "vae": _VAE, **_two_clips(24)}
-    return write_checkpoint(folder, "sdxl", changes, seed=seed)
+    """Stable Diffusion XL: two text encoders with tokenizers that pad differently, a VAE that asks to be upcast."""
+    return write_checkpoint(folder, "sdxl", {"unet": _SDXL_UNET, "vae": _VAE, **_two_clips(POOLED_WIDTH)}, seed=seed)
 
 
 def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False) -> Path:
@@ -89,12 +102,12 @@ def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False) -> Path:
         "num_attention_heads": 4,
         "attention_head_dim": 8,
         "caption_projection_dim": 32,
-        "joint_attention_dim": 64,
-        "pooled_projection_dim": WIDTH + 24,
+        "joint_attention_dim": 96,
+        "pooled_projection_dim": WIDTH + SECOND_WIDTH,
         "pos_embed_max_size": 12,
     }
     last = {
-        "d_model": 64,
+        "d_model": 96,
         "d_ff": 48,
         "d_kv": 8,
         "num_heads": 4,
@@ -106,7 +119,7 @@ def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False) -> Path:
     changes = {
         "transformer": transformer,
         "vae": _VAE,
-        **_two_clips(24),
+        **_two_clips(SECOND_WIDTH),
         "text_encoder_3": last,
         "tokenizer_3": {"model_max_length": T5_MAX_LENGTH},
     }
@@ -114,18 +127,18 @@ def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False) -> Path:
     return write_checkpoint(folder, "sd3", changes, without=without, seed=seed)
 
 
-def write_tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+def write_tiny_tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:
     """CLIP's byte-level tokenizer with the 512 byte symbols, a few merges, and no words beyond."""
-    clip_tokenizer(MAX_LENGTH).save_pretrained(folder)
+    clip_tokenizer(MAX_LENGTH, **options).save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _two_clips(second: int) -> dict[str, dict[str, Any]]:
-    """SDXL's and SD3's pair of text encoders; `second` is the width of the second."""
-    other = _clip(second) | {"hidden_act": "gelu", "num_hidden_layers": 3}
+def _two_clips(pooled: int) -> dict[str, dict[str, Any]]:
+    """SDXL's and SD3's pair of text encoders; `pooled` is the width of the second's projection."""
+    second = {"hidden_act": "gelu", "num_hidden_layers": 3, "projection_dim": pooled}
     return {
         "text_encoder": _clip(WIDTH),
-        "text_encoder_2": other,
+        "text_encoder_2": _clip(SECOND_WIDTH) | second,
         "tokenizer": _TOKENIZER,
         "tokenizer_2": _TOKENIZER,
     }

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from sdq_export.fixed_linear import FixedLinear
+from sdq_export.families.time_path import FrozenLinear
 
 __all__ = ["round_weights_"]
 
@@ -23,5 +23,5 @@ def round_weights_(module: nn.Module, skip: Collection[str] = ()) -> None:
     """
     with torch.no_grad():
         for path, part in module.named_modules():
-            if isinstance(part, nn.Conv2d | nn.Linear | nn.Embedding | FixedLinear) and path not in skip:
+            if isinstance(part, nn.Conv2d | nn.Linear | nn.Embedding | FrozenLinear) and path not in skip:
                 part.weight.copy_(part.weight.to(torch.float16).to(part.weight.dtype))

@@ -18,7 +18,6 @@ from sdq_export.checkpoint import (
     weight_key,
     weight_scale_key,
 )
-from sdq_export.conditioning import TEXT_INPUT, Conditioning
 from sdq_export.quantspec import QuantizedPrecision, QuantSpec, WeightSite, grid_limits
 from sdq_export.sampler import SamplerPlan
 from sdq_export.sites import find_sites

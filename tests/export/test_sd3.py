@@ -79,7 +79,7 @@ def test_the_step_denoiser_is_diffusers_transformer(
     source: Source = request.getfixturevalue(which)
     latents, prompts = inputs(source)
     text, pooled = embeddings_of_diffusers(source)
-    assert text.shape == (2, 16 + 256, 64)
+    assert text.shape == (2, 16 + 256, 96)
     denoiser = StepDenoiser(copy.deepcopy(source.denoiser), torch.from_numpy(plan.timesteps))
     steps = torch.tensor([2, 0])
     with torch.no_grad():

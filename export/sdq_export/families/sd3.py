@@ -15,9 +15,9 @@ from sdq_engines.errors import SdqError
 from sdq_export.capture import capture
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import LastHiddenState
+from sdq_export.families.text import LastHiddenState, PenultimateAndPooled
+from sdq_export.families.time_path import FrozenLinear, freeze_linears_
 from sdq_export.families.vae import check_vae
-from sdq_export.fixed_linear import FixedLinear, fix_linears_
 from sdq_export.passes.modulation import CutModulation, KeepModulation
 from sdq_export.step_state import StepState
 
@@ -37,18 +37,6 @@ _CONTEXT = "context_embedder"
 _QUERY_KEY_VALUE = {"to_q": "input", "to_k": "input", "to_v": "input"} | dict.fromkeys(
     ("add_q_proj", "add_k_proj", "add_v_proj"), "context"
 )
-
-
-class PenultimateAndPooled(nn.Module):
-    """CLIP with a projection: ``input_ids`` to its penultimate hidden state [n, L, D] and its projected text [n, P]."""
-
-    def __init__(self, text_encoder: Any) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
-
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.text_encoder(input_ids, output_hidden_states=True)
-        return found.hidden_states[-2], found.text_embeds
 
 
 _CLIPS = tuple(
@@ -112,9 +100,9 @@ class StableDiffusion3(Family):
     def use_tables(self, denoiser: nn.Module, tables: Mapping[str, Tensor], state: StepState) -> None:
         model: Any = denoiser
         model.time_text_embed = _StepAndText(tables[_TIME], model.time_text_embed.text_embedder, state)
-        model.context_embedder = FixedLinear(model.context_embedder)
+        model.context_embedder = FrozenLinear(model.context_embedder)
         for norm in _adaptive_norms(denoiser).values():
-            norm.linear = FixedLinear(norm.linear)
+            norm.linear = FrozenLinear(norm.linear)
 
     def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
         modulations = {f"{path}.linear" for path in _adaptive_norms(denoiser)}
@@ -176,7 +164,7 @@ class _StepAndText(nn.Module):
 
     Args:
         table: FP32 [T, C].
-        text_embedder: its layers are fixed from now on.
+        text_embedder: its layers are frozen from now on.
         state: holds the batch's steps.
     """
 
@@ -184,7 +172,7 @@ class _StepAndText(nn.Module):
 
     def __init__(self, table: Tensor, text_embedder: nn.Module, state: StepState) -> None:
         super().__init__()
-        fix_linears_(text_embedder)
+        freeze_linears_(text_embedder)
         self.text_embedder, self.state = text_embedder, state
         self.register_buffer("table", table.detach().to(torch.float32), persistent=False)
 

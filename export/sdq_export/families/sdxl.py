@@ -15,7 +15,7 @@ from sdq_engines.package.schema import SIZE_INPUT
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
 from sdq_export.families.text import PenultimateAndPooled, PenultimateHiddenState
-from sdq_export.families.time_path import NoTimeProjection, StepRow
+from sdq_export.families.time_path import FrozenLinear, NoTimeProjection, StepRow
 from sdq_export.families.unet import (
     BLOCKS,
     capture_unet,
@@ -25,7 +25,6 @@ from sdq_export.families.unet import (
     unet_latent_shape,
 )
 from sdq_export.families.vae import check_vae
-from sdq_export.fixed_linear import FixedLinear
 from sdq_export.passes.prologue import CutPrologue, KeepPrologue
 from sdq_export.passes.prompt_time_rows import CutTimeRows, OutputTimeRows
 from sdq_export.step_state import StepState
@@ -126,11 +125,11 @@ class StableDiffusionXL(Family):
     def use_tables(self, denoiser: nn.Module, tables: Mapping[str, Tensor], state: StepState) -> None:
         model: Any = denoiser
         model.time_proj, model.time_embedding = NoTimeProjection(), StepRow(tables[_TABLE], state)
-        model.add_embedding.linear_1 = FixedLinear(model.add_embedding.linear_1)
-        model.add_embedding.linear_2 = FixedLinear(model.add_embedding.linear_2)
+        model.add_embedding.linear_1 = FrozenLinear(model.add_embedding.linear_1)
+        model.add_embedding.linear_2 = FrozenLinear(model.add_embedding.linear_2)
         for block in model.modules():
             if getattr(block, "time_emb_proj", None) is not None:
-                block.time_emb_proj = FixedLinear(block.time_emb_proj)
+                block.time_emb_proj = FrozenLinear(block.time_emb_proj)
 
     def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
         return quantizable_layers(denoiser)

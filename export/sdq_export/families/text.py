@@ -10,7 +10,7 @@ __all__ = ["LastHiddenState", "PenultimateAndPooled", "PenultimateHiddenState"]
 
 
 class LastHiddenState(nn.Module):
-    """CLIP's text model: ``input_ids`` int64 [n, L] to its normalized last hidden state [n, L, D]."""
+    """CLIP's text model or T5's: ``input_ids`` int64 [n, L] to its normalized last hidden state [n, L, D]."""
 
     def __init__(self, text_encoder: Any) -> None:
         super().__init__()
