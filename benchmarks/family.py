@@ -1,0 +1,213 @@
+"""The four families at their real size: export of the denoiser, TensorRT-RTX's engine of it, and what both weigh.
+
+    python benchmarks/family.py build/family --family sd14
+
+Makes the checkpoint (published architecture, random weights, FP16), quantizes it without running it (weight scales from
+the largest value, activation scales drawn, one a step), and takes the denoiser and its prologue through the code that
+`sdq-deploy export` and `build` use. Parity is left out: it runs the denoiser some hundred times, which says nothing of
+random weights. Each stage is a process of its own, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import DENOISERS, FAMILIES, scaled, write_checkpoint
+from torch import Tensor
+
+from sdq_deploy.recipes import load_recipe
+from sdq_engines.build import build_engine
+from sdq_engines.lowering.save import save_graph
+from sdq_engines.package.editor import PackageEditor
+from sdq_engines.package.layout import DENOISER, PROLOGUE, SAMPLER, model_file
+from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo, ShapeProfile
+from sdq_engines.package.store import open_package
+from sdq_export.checkpoint import (
+    CheckpointInfo,
+    QuantizedCheckpoint,
+    SamplerSettings,
+    SourceRef,
+    quantize_weight,
+    scale_key,
+    weight_key,
+    weight_scale_key,
+)
+from sdq_export.components import make_denoiser, make_reference
+from sdq_export.passes.prologue import prologue_names
+from sdq_export.provenance import source_info, tool_versions
+from sdq_export.quantspec import WeightSite, grid_limits
+from sdq_export.sampler import SamplerPlan, compile_sampler
+from sdq_export.sites import find_sites
+from sdq_export.source import Source, load_source
+
+STEPS, GUIDANCE = 20, 5.0
+STAGES = ("export", "tensorrt-rtx")
+
+
+def make_checkpoint(folder: Path, family: str) -> Path:
+    """The family's checkpoint, whole denoiser, thin text encoders and autoencoder, which are not measured."""
+    if not (folder / "model_index.json").is_file():
+        write_checkpoint(folder, family, scaled(family, thin=True), dtype=torch.float16)
+    return folder
+
+
+def quantized(source: Source, plan: SamplerPlan, precision: str) -> QuantizedCheckpoint:
+    """A checkpoint of the recipe's sites whose values were not measured."""
+    wanted = load_recipe(source.family.recipe, {"quantization.precision": precision}).quantization
+    spec = find_sites(
+        source.denoiser, plan.calls, wanted.precision, keep=wanted.keep, bits=wanted.bits, block_size=wanted.block_size
+    )
+    sites = spec.weight_sites
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in source.denoiser.named_parameters():
+        layer = name.removesuffix(".weight")
+        if layer in sites and name.endswith(".weight"):
+            scale = largest_value_scale(parameter, sites[layer])
+            tensors[weight_scale_key(layer)] = scale
+            tensors[weight_key(layer)] = quantize_weight(parameter, scale, sites[layer])
+        else:
+            tensors[name] = parameter.detach()
+    generator = torch.Generator().manual_seed(0)
+    for site in spec.activations:
+        tensors[scale_key(site.name)] = 0.03 * (0.85 + 0.3 * torch.rand(site.num_groups, generator=generator))
+    settings = SamplerSettings(
+        scheduler=plan.scheduler, config=plan.config, num_inference_steps=STEPS, guidance_scale=GUIDANCE
+    )
+    ref = SourceRef(model=source.model, sha256=source.sha256)
+    return QuantizedCheckpoint(CheckpointInfo(spec=spec, sampler=settings, source=ref), tensors)
+
+
+def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
+    """[C_out] or [C_out, blocks]: the largest value is the grid's end."""
+    blocks = 1 if site.block_size is None else weight.shape[1] // site.block_size
+    largest = weight.detach().reshape(weight.shape[0], blocks, -1).abs().amax(-1)
+    scale = (largest / grid_limits(site.bits)[1]).clamp_min(1e-6)
+    return scale if site.block_size is not None else scale[:, 0]
+
+
+def export(model: Path, package: Path, precision: str) -> dict[str, float]:
+    """Write a package of prologue and denoiser; the seconds are those from the loaded checkpoint to the written graphs."""
+    source = load_source(model)
+    plan = compile_sampler(source.scheduler, STEPS)
+    checkpoint = quantized(source, plan, precision)
+    started = time.perf_counter()
+    reference = make_reference(source, plan, checkpoint, "fp16")
+    graphs = make_denoiser(source, plan, reference, checkpoint, "fp16")
+    made = time.perf_counter()
+    editor = PackageEditor.create(package)
+    for name, graph in ((PROLOGUE, graphs.prologue), (DENOISER, graphs.denoiser)):
+        for file in sorted(save_graph(graph, package / "staged" / name).parent.iterdir()):
+            editor.move_file(f"{name}/{file.name}", file)
+    editor.add_bytes(SAMPLER, plan.to_bytes())
+    editor.commit(manifest(package, source, plan, checkpoint, prologue_names(graphs.prologue)))
+    return {"capture_and_passes": made - started, "writing": time.perf_counter() - made}
+
+
+def manifest(
+    package: Path, source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint, outputs: list[str]
+) -> Manifest:
+    """Of a package that holds no more than what is measured."""
+    return Manifest(
+        name=package.name,
+        family=source.family.name,
+        precision=checkpoint.spec.precision,
+        io=ModelIO(
+            latent_shape=source.family.latent_shape(source),
+            image_size=source.family.image_size(source),
+            prologue_outputs=outputs,
+        ),
+        text=[],
+        sampler=SamplerInfo(
+            scheduler=plan.scheduler,
+            config=plan.config,
+            prediction_type=str(plan.config.get("prediction_type", "epsilon")),
+            num_inference_steps=plan.num_inference_steps,
+            num_calls=plan.calls,
+            history=plan.history,
+            stochastic=plan.stochastic,
+            guidance_scale=GUIDANCE,
+        ),
+        source=source_info(source, checkpoint),
+        components={name: model_file(name) for name in (PROLOGUE, DENOISER)},
+        tools=tool_versions(),
+        files={},
+    )
+
+
+def build(package: Path) -> dict[str, Any]:
+    """Build TensorRT-RTX's engine, batch 1, and say what it computes with."""
+    built = build_engine(open_package(package), "tensorrt-rtx", ShapeProfile(batch_max=1))
+    entry = built.manifest.engines["tensorrt-rtx"]
+    assert entry.kernels is not None
+    return {
+        "build_seconds": entry.build_seconds,
+        "build_peak_bytes": entry.peak_memory_bytes,
+        "engine_bytes": entry.bytes_on_disk,
+        "quantized_layers": entry.kernels.quantized_layers,
+        "int8_layers": entry.kernels.int8,
+        "fallback": entry.kernels.fallback,
+    }
+
+
+def run_stage(stage: str, folder: Path, family: str, precision: str) -> None:
+    """In a process of its own; writes what it found."""
+    package = folder / f"{family}-{precision}"
+    started = time.perf_counter()
+    found: dict[str, Any] = export(folder / family, package, precision) if stage == "export" else build(package)
+    found["seconds"] = time.perf_counter() - started
+    found["cpu_seconds"] = time.process_time()
+    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (folder / f"{family}-{precision}-{stage}.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
+
+
+def summary(folder: Path, family: str, precision: str) -> dict[str, Any]:
+    """Both stages' figures, and sizes against the FP16 denoiser's."""
+    found = {
+        stage: json.loads((folder / f"{family}-{precision}-{stage}.json").read_text(encoding="utf-8"))
+        for stage in STAGES
+    }
+    fp16 = sum(path.stat().st_size for path in (folder / family / DENOISERS[family]).glob("*.safetensors"))
+    package = folder / f"{family}-{precision}"
+    graphs = sum(path.stat().st_size for name in (PROLOGUE, DENOISER) for path in (package / name).iterdir())
+    return {**found, "fp16_bytes": fp16, "graph_bytes": graphs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--family", choices=FAMILIES, default="sd14")
+    parser.add_argument("--precision", choices=("w8a8", "w4a8", "w4a16"), default="w4a8")
+    parser.add_argument("--stage", choices=STAGES, help="this one alone, in this process")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.stage:
+        run_stage(arguments.stage, folder, arguments.family, arguments.precision)
+        return
+    make_checkpoint(folder / arguments.family, arguments.family)
+    for stage in STAGES:
+        print(f"{arguments.family}, {arguments.precision}: {stage}", flush=True)
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--stage", stage], check=True)
+    found = summary(folder, arguments.family, arguments.precision)
+    exported, built = found["export"], found["tensorrt-rtx"]
+    print(f"export           {exported['capture_and_passes'] + exported['writing']:6.1f} s, "
+          f"peak {exported['peak_bytes'] / 1e9:.1f} GB")  # fmt: skip
+    print(f"tensorrt-rtx     {built['build_seconds']:6.1f} s, peak {built['build_peak_bytes'] / 1e9:.1f} GB")
+    print(f"INT8 x INT8      {built['int8_layers']} of {built['quantized_layers']} quantized layers")
+    print(f"graphs           {found['graph_bytes'] / 1e6:.0f} MB, {found['graph_bytes'] / found['fp16_bytes']:.3f} x "
+          f"the FP16 denoiser's {found['fp16_bytes'] / 1e6:.0f} MB; engine {built['engine_bytes'] / 1e6:.0f} MB")  # fmt: skip
+    versions = {"python": platform.python_version()} | tool_versions(("torch", "diffusers", "onnx-ir", "tensorrt-rtx"))
+    print(" · ".join(f"{name} {value}" for name, value in versions.items()))
+
+
+if __name__ == "__main__":
+    main()
