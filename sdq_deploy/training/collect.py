@@ -134,7 +134,10 @@ def kept_steps(context: TrainingContext, split: str, member: int) -> Tensor:
 def _write_prompts(context: TrainingContext) -> None:
     source, prompts = context.source, context.prompts
     family = source.family
-    for encoder in family.text_encoders:
-        source.part(encoder.component).to(context.device)
+    encoders = [source.part(encoder.component) for encoder in family.text_encoders]
     lists = {"training": prompts.training, "validation": prompts.validation, "empty": [None]}
+    for encoder in encoders:
+        encoder.to(context.device)
     save_prompts(context.folder.dataset, {name: family.encode_prompts(source, each) for name, each in lists.items()})
+    for encoder in encoders:  # they are not needed again, and their memory is
+        encoder.to("cpu")

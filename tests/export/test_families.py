@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -18,6 +19,9 @@ from sdq_engines import Pipeline
 from sdq_engines.backends.onnxruntime import open_session
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
+from sdq_engines.lowering.fp16 import ToFloat16
+from sdq_engines.lowering.graph import apply, load_graph
+from sdq_engines.lowering.save import save_graph
 from sdq_engines.package.layout import PROLOGUE, VAE_DECODER
 from sdq_engines.package.store import open_package
 from sdq_export.conditioning import POOLED_INPUT, SIZE_INPUT, TEXT_INPUT, Conditioning
@@ -176,6 +180,8 @@ def test_a_quantized_package_keeps_parity_on_every_engine(source: Source, tmp_pa
     for engine in ("onnxruntime", "openvino", "tensorrt-rtx"):
         package, criterion = check_built_engine(build_engine(package, engine), engine, result)
         assert criterion is None or criterion.passed
+    stored = onnx.load(package.component(PROLOGUE)).graph.initializer
+    assert {each.data_type for each in stored if np.prod(each.dims) > 1000} == {onnx.TensorProto.FLOAT16}
     built = open_package(package.folder).manifest
     assert built.engines["tensorrt-rtx"].options == ({"fp32": [VAE_DECODER]} if built.full_precision else {})
     for engine in ("tensorrt-rtx", "openvino"):
@@ -228,6 +234,39 @@ def test_the_vae_stays_in_fp32_where_its_config_asks(sdxl: Source, tmp_path: Pat
         assert sdxl.family.full_precision(sdxl) == ()
     finally:
         sdxl.vae.register_to_config(force_upcast=True)
+
+
+def test_the_sizes_angles_survive_fp16(sdxl: Source, tmp_path: Path) -> None:
+    """In FP16 the angle of a size of 1,999 pixels would be off by half a radian, its sinusoid by as much."""
+    package = exported(sdxl, tmp_path / "package", "ddim").package
+    prompts = sdxl.family.encode_prompts(sdxl, ["a red circle"]).tensors
+    size = torch.tensor([[1999.0, 1777.0, 1501.0, 333.0, 1999.0, 1777.0]])
+    feeds = Conditioning({**prompts, SIZE_INPUT: size}).numpy()
+    path = package.component(PROLOGUE)
+    half = save_graph(apply(load_graph(path), [ToFloat16()]), tmp_path / "half")
+    sessions = [open_session(file, threads=1) for file in (path, half)]
+    kinds = {item.name: item.type for item in sessions[1].get_inputs()}
+    assert kinds == {TEXT_INPUT: "tensor(float16)", POOLED_INPUT: "tensor(float16)", SIZE_INPUT: "tensor(float)"}
+    given = {name: array if "16" not in kinds[name] else array.astype(np.float16) for name, array in feeds.items()}
+    names = [name for name in package.manifest.io.prologue_outputs if name.endswith("time_rows")]
+    wanted, found = sessions[0].run(names, feeds), sessions[1].run(names, given)
+    for name, one, other in zip(names, found, wanted, strict=True):
+        assert np.linalg.norm(one.astype(np.float32) - other) < 5e-3 * np.linalg.norm(other), name
+
+
+def test_the_time_path_computes_in_fp32_under_autocast(sdxl: Source) -> None:
+    denoiser = StepDenoiser(copy.deepcopy(sdxl.denoiser), torch.tensor([981.0, 1.0]))
+    prompts = sdxl.family.encode_prompts(sdxl, ["a red circle", "blue"])
+    latents, steps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
+    rows: list[Tensor] = []
+    block = denoiser.model.mid_block.resnets[0]
+    block.time_emb_proj.register_forward_hook(lambda _, __, output: rows.append(output))
+    with torch.no_grad():
+        plain = denoiser(latents, steps, prompts)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = denoiser(latents, steps, prompts)
+    assert not torch.equal(plain, rounded.float())
+    assert torch.equal(*rows)
 
 
 def test_families_know_their_denoisers() -> None:
