@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "load_source"]
 
-_PATTERNS = ["*.json", "*.txt", "*.safetensors", "LICENSE*", "README.md"]
+_ABOUT = ["model_index.json", "LICENSE*", "NOTICE*", "README.md", "scheduler/*.json"]
+_PART = ("*.json", "*.txt", "*.model", "*.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -111,7 +112,10 @@ class Source:
         return plain or [file for file in files if ".fp16" in file.name]
 
     def _plain(self, kind: Any, name: str) -> Any:
-        return kind.from_pretrained(self.folder / name, local_files_only=True)
+        try:
+            return kind.from_pretrained(self.folder / name, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise SdqError(f"The {name} of {self.model} cannot be loaded: {error}") from error
 
     def _model(self, kind: Any, name: str) -> Any:
         import torch
@@ -190,8 +194,18 @@ def _from_hub(model: str, revision: str | None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+        folder = fetch(_ABOUT)
+        if not (folder / "model_index.json").is_file():
+            return folder
+        # a hub repository may also hold the whole model as one file, and parts of other pipelines
+        parts = Source(folder, model, revision).family.parts
+        return fetch([*_ABOUT, *(f"{part}/{pattern}" for part in parts for pattern in _PART)])
+    except SdqError:
+        raise
     except Exception as error:  # The hub client raises a dozen types for "not there" and "no network" alike.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SdqError(

@@ -17,9 +17,17 @@ from sdq_engines.errors import SdqError
 __all__ = ["default_recipe", "resolve_settings"]
 
 
-def default_recipe(model: str) -> str:
-    """The recipe of a model's family."""
-    return EMBEDDED if model == EMBEDDED else "sd"
+def default_recipe(model: str, revision: str | None = None) -> str:
+    """The recipe of a model's family.
+
+    Raises:
+        SdqError: the model does not exist, or is of no supported family.
+    """
+    if model == EMBEDDED:
+        return EMBEDDED
+    from sdq_export.source import load_source
+
+    return load_source(model, revision).family.recipe
 
 
 def resolve_settings(
@@ -46,7 +54,7 @@ def resolve_settings(
     if recorded and recipe is None:
         tree, origin = recorded["recipe"], str(out)
     else:
-        origin = recipe or default_recipe(model)
+        origin = recipe or default_recipe(model, revision)
         tree = read_recipe(origin)
     tree = with_overrides(tree, overrides)
     chosen = recipe_from(tree, origin)

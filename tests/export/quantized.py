@@ -22,7 +22,7 @@ from sdq_export.sampler import SamplerPlan
 from sdq_export.sites import find_sites
 from sdq_export.source import Source
 
-TIME_PATH = ("time_embedding", "time_emb_proj")
+TIME_PATH = ("time_embedding", "time_emb_proj", "add_embedding")
 
 
 def quantized_checkpoint(

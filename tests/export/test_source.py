@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sdq_engines.errors import SdqError
 from sdq_export.source import load_source
+from tests.tiny import write_tiny_sd, write_tiny_sd3, write_tiny_sdxl
+
+
+@pytest.fixture(scope="module", params=[write_tiny_sd, write_tiny_sdxl, partial(write_tiny_sd3, t5=True)])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one, two and three text encoders."""
+    folder: Path = request.param(tmp_path_factory.mktemp("checkpoint"))
+    return folder
 
 
 def test_loads_every_component(tiny_sd: Path) -> None:
@@ -32,11 +42,42 @@ def test_the_hash_is_of_the_weights(tiny_sd: Path, tmp_path: Path) -> None:
     assert load_source(copy).sha256 != load_source(tiny_sd).sha256
 
 
-def test_an_fp16_variant_loads(tiny_sd: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(tiny_sd, tmp_path / "copy"))
+def test_an_fp16_variant_loads(checkpoint: Path, tmp_path: Path) -> None:
+    """Every part, whichever its precision, and mixed ones."""
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    plain = load_source(checkpoint)
     for file in copy.rglob("*.safetensors"):
-        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+        if file.parent.name != "vae":
+            save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+            file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    loaded = load_source(copy)
+    for part in plain.weighted_parts:
+        wanted = plain.part(part).state_dict()
+        for name, tensor in loaded.part(part).state_dict().items():
+            assert tensor.dtype == wanted[name].dtype
+            assert torch.equal(tensor, wanted[name] if part == "vae" else wanted[name].half().to(tensor.dtype)), name
+
+
+def test_the_plain_weights_win_over_the_variant(tiny_sd: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_sd, tmp_path / "copy"))
+    for file in list(copy.rglob("*.safetensors")):
+        zeros = {name: torch.zeros_like(tensor).half() for name, tensor in load_file(file).items()}
+        save_file(zeros, file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")), {"format": "pt"})
+    assert load_source(copy).sha256 == load_source(tiny_sd).sha256
     assert torch.equal(load_source(copy).denoiser.conv_in.weight, load_source(tiny_sd).denoiser.conv_in.weight)
+
+
+def test_a_hub_id_loads_from_the_cache(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier download left, in the layout of huggingface_hub; nothing of it is asked from the network."""
+    cached = tmp_path / "models--someone--model"
+    shutil.copytree(checkpoint, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    source = load_source("someone/model")
+    assert source.sha256 == load_source(checkpoint).sha256
+    for part in source.family.parts:
+        assert source.part(part) is source.part(part)
 
 
 def test_missing() -> None:
@@ -62,12 +103,20 @@ def test_another_pipeline(tiny_sd: Path, tmp_path: Path) -> None:
         load_source(copy)
 
 
-def test_a_pickle_is_refused_with_the_reason(tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_pickle_is_refused_with_the_reason(checkpoint: Path, tmp_path: Path) -> None:
+    for part in load_source(checkpoint).weighted_parts:
+        copy = Path(shutil.copytree(checkpoint, tmp_path / part))
+        for weights in (copy / part).glob("*.safetensors"):
+            weights.rename(weights.with_suffix(".bin"))
+        with pytest.raises(SdqError, match=rf"The {part} of .*pickle.*can run any code"):
+            load_source(copy)
+
+
+def test_a_damaged_tokenizer_is_one_sentence(tiny_sd: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_sd, tmp_path / "copy"))
-    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(SdqError, match=r"pickle.*can run any code"):
-        load_source(copy)
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(SdqError, match=r"tokenizer of .* cannot be loaded"):
+        load_source(copy).part("tokenizer")
 
 
 def test_broken_weights_are_one_sentence(tiny_sd: Path, tmp_path: Path) -> None:
