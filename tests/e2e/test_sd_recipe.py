@@ -1,8 +1,7 @@
-"""The recipes of real checkpoints, on tiny ones: train with BF16 and checkpointing, export, run."""
+"""The recipe of real Stable Diffusion checkpoints, on a tiny one: train with BF16 and checkpointing, export, run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from PIL import Image
 from sdq_deploy.cli import main
 from sdq_engines.package.store import open_package
 from tests.deploy.training.test_cli import sdq_train
-from tests.tiny import write_tiny_sd, write_tiny_sd3
 
 pytestmark = pytest.mark.slow
 
@@ -35,25 +33,15 @@ def run(*arguments: str | Path) -> None:
     assert exit_.value.code == 0
 
 
-@pytest.mark.parametrize(
-    ("write", "recipe", "scheduler", "guidance_scale"),
-    [
-        (write_tiny_sd, "sd", "DDIMScheduler", 7.5),
-        (write_tiny_sd3, "sd3", "FlowMatchEulerDiscreteScheduler", 7.0),
-    ],
-)
-def test_train_export_and_run(
-    write: Callable[[Path], Path], recipe: str, scheduler: str, guidance_scale: float, tmp_path: Path
-) -> None:
-    model = write(tmp_path / "model")
+def test_train_export_and_run(tiny_sd: Path, tmp_path: Path) -> None:
     prompts, trained, package, image = (tmp_path / name for name in ("prompts.txt", "run", "package", "image.png"))
     prompts.write_text("\n".join(f"a red circle number {index}" for index in range(6)), encoding="utf-8")
     options = [word for key, value in FEWER.items() for word in ("--set", f"{key}={value}")]
-    result = sdq_train(model, "--out", trained, "--recipe", recipe, "--prompts", prompts, "--cpu", *options)
+    result = sdq_train(tiny_sd, "--out", trained, "--recipe", "sd", "--prompts", prompts, "--cpu", *options)
     assert result.returncode == 0, result.stderr
     run("export", trained, "--out", package, "--engine", "openvino")
     manifest = open_package(package).manifest
-    assert (manifest.precision, manifest.sampler.scheduler) == ("w4a8", scheduler)
-    assert manifest.sampler.guidance_scale == guidance_scale
+    assert (manifest.precision, manifest.sampler.scheduler) == ("w4a8", "DDIMScheduler")
+    assert manifest.sampler.guidance_scale == 7.5
     run("run", package, "a red circle", "--seed", "7", "--out", image)
     assert Image.open(image).size == (64, 64)

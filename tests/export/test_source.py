@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from sdq_engines.errors import SdqError
 from sdq_export.source import load_source
-from tests.tiny import write_tiny_sd, write_tiny_sdxl
+from tests.tiny import write_tiny_sd, write_tiny_sd3, write_tiny_sdxl
 
 
-@pytest.fixture(scope="module", params=[write_tiny_sd, write_tiny_sdxl])
+@pytest.fixture(scope="module", params=[write_tiny_sd, write_tiny_sdxl, partial(write_tiny_sd3, t5=True)])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of one and of two text encoders."""
+    """A checkpoint of one, two and three text encoders."""
     folder: Path = request.param(tmp_path_factory.mktemp("checkpoint"))
     return folder
 

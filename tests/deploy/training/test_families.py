@@ -25,7 +25,7 @@ from sdq_export.engines import check_built_engine
 from sdq_export.sampler import compile_sampler, make_scheduler
 from sdq_export.source import load_source
 from sdq_export.writer import export_package
-from tests.tiny import write_tiny_sd2, write_tiny_sdxl
+from tests.tiny import write_tiny_sd2, write_tiny_sd3, write_tiny_sdxl
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,9 @@ FEWER = {
 }
 
 
-@pytest.mark.parametrize(("write", "recipe"), [(write_tiny_sd2, "sd"), (write_tiny_sdxl, "sdxl")])
+@pytest.mark.parametrize(
+    ("write", "recipe"), [(write_tiny_sd2, "sd"), (write_tiny_sdxl, "sdxl"), (write_tiny_sd3, "sd3")]
+)
 def test_train_export_build_run(write: Callable[[Path], Path], recipe: str, tmp_path: Path) -> None:
     model, out = write(tmp_path / "model"), tmp_path / "run"
     assert default_recipe(str(model)) == recipe
