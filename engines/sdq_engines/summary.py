@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdq_engines.package.layout import COMPONENTS, ENGINES
+from sdq_engines.package.layout import COMPONENTS, ENGINES, OPTIONAL_COMPONENTS
 from sdq_engines.package.schema import Manifest
 
 __all__ = ["sizes_on_disk", "summary"]
@@ -12,7 +12,8 @@ __all__ = ["sizes_on_disk", "summary"]
 
 def sizes_on_disk(manifest: Manifest) -> dict[str, int]:
     """Bytes of each component, of each engine ("engines/<name>"), of everything else ("other"), and "total"."""
-    sizes = dict.fromkeys(COMPONENTS, 0) | {f"{ENGINES}/{name}": 0 for name in manifest.engines} | {"other": 0}
+    components = (*COMPONENTS, *(name for name in OPTIONAL_COMPONENTS if name in manifest.components))
+    sizes = dict.fromkeys(components, 0) | {f"{ENGINES}/{name}": 0 for name in manifest.engines} | {"other": 0}
     for relative, entry in manifest.files.items():
         parts = relative.split("/")
         key = "/".join(parts[:2]) if parts[0] == ENGINES else parts[0]

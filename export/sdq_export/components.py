@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from sdq_engines.package.layout import DENOISER, PROLOGUE, TEXT_ENCODER, VAE_DECODER
+from sdq_engines.package.layout import DENOISER, PROLOGUE, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.denoiser import DenoiserGraphs, build_denoiser, run_passes
 from sdq_export.families import sd
@@ -24,8 +24,17 @@ from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser, time_tables
 from sdq_export.storage import round_weights_
+from sdq_export.vae_encoder import capture_vae_encoder
 
-__all__ = ["Components", "Dtype", "make_denoiser", "make_reference", "make_text_encoder", "make_vae_decoder"]
+__all__ = [
+    "Components",
+    "Dtype",
+    "make_denoiser",
+    "make_reference",
+    "make_text_encoder",
+    "make_vae_decoder",
+    "make_vae_encoder",
+]
 
 _KEPT_BYTES = 256 << 20
 
@@ -35,20 +44,22 @@ Dtype = Literal["fp32", "fp16"]
 
 @dataclass(frozen=True)
 class Components:
-    """The four graphs."""
+    """The graphs; an encoder is there where the package may start from images."""
 
     text_encoder: ir.Model
     denoiser: DenoiserGraphs
     vae_decoder: ir.Model
+    vae_encoder: ir.Model | None = None
 
     def by_name(self) -> dict[str, ir.Model]:
         """Component name -> graph."""
-        return {
+        graphs = {
             TEXT_ENCODER: self.text_encoder,
             PROLOGUE: self.denoiser.prologue,
             DENOISER: self.denoiser.denoiser,
             VAE_DECODER: self.vae_decoder,
         }
+        return graphs if self.vae_encoder is None else {**graphs, VAE_ENCODER: self.vae_encoder}
 
 
 def make_reference(
@@ -98,6 +109,15 @@ def make_vae_decoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module]
     """The decoder's graph, and the torch VAE that it equals."""
     module, shape = _stored(source.vae, dtype), sd.latent_shape(source)
     captured = _capture_once(source, f"{VAE_DECODER} {dtype}", lambda: sd.capture_vae_decoder(module, shape))
+    return _finished(captured, dtype), module
+
+
+def make_vae_encoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
+    """The encoder's graph, and the torch VAE that it equals."""
+    module, (_, height, width) = _stored(source.vae, dtype), sd.latent_shape(source)
+    factor = sd.pixels_per_latent(source)
+    size = (height * factor, width * factor)
+    captured = _capture_once(source, f"{VAE_ENCODER} {dtype}", lambda: capture_vae_encoder(module, size))
     return _finished(captured, dtype), module
 
 

@@ -23,10 +23,18 @@ from sdq_engines.package.paths import is_inside
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
 from sdq_engines.package.store import Package, read_manifest
 from sdq_export.checkpoint import QuantizedCheckpoint
-from sdq_export.components import Components, Dtype, make_denoiser, make_reference, make_text_encoder, make_vae_decoder
+from sdq_export.components import (
+    Components,
+    Dtype,
+    make_denoiser,
+    make_reference,
+    make_text_encoder,
+    make_vae_decoder,
+    make_vae_encoder,
+)
 from sdq_export.families import sd
 from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
-from sdq_export.parity.components import check_text_encoder, check_vae_decoder
+from sdq_export.parity.components import check_text_encoder, check_vae_decoder, check_vae_encoder
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import notice, source_info, tool_versions
@@ -65,6 +73,7 @@ def export_package(
     checkpoint: QuantizedCheckpoint | None = None,
     dtype: Dtype = "fp16",
     prompts: Sequence[str] = PARITY_PROMPTS,
+    vae_encoder: bool = True,
     on_stage: OnStage = lambda name, done, total: None,
 ) -> ExportResult:
     """Export a model, quantized or not, as a package without engines.
@@ -77,6 +86,7 @@ def export_package(
         checkpoint: the quantized denoiser; None exports the source in floating point.
         dtype: how floating-point weights are stored.
         prompts: for the parity samples.
+        vae_encoder: whether the package may start from images.
         on_stage: hears what is being done.
 
     Raises:
@@ -85,7 +95,9 @@ def export_package(
     _check_match(source, plan, checkpoint)
     with _claimed(out) as folder:
         sd.check_source(source)
-        components, report, samples = _make(source, plan, guidance_scale, checkpoint, dtype, prompts, on_stage)
+        components, report, samples = _make(
+            source, plan, guidance_scale, checkpoint, dtype, prompts, vae_encoder, on_stage
+        )
         report.require()
         on_stage("writing", 0, 0)
         manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report)
@@ -131,6 +143,7 @@ def _make(
     checkpoint: QuantizedCheckpoint | None,
     dtype: Dtype,
     prompts: Sequence[str],
+    vae_encoder: bool,
     on_stage: OnStage,
 ) -> tuple[Components, ParityReport, TeacherSamples]:
     """Every graph and its parity."""
@@ -163,12 +176,18 @@ def _make(
     on_stage("capturing the VAE decoder", 0, 0)
     vae_decoder, torch_vae = make_vae_decoder(source, dtype)
     on_stage("parity, text encoder and VAE", 0, 0)
-    others = (
+    latents = samples.model_inputs[-1][:1]
+    others = [
         check_text_encoder(text_encoder, torch_encoder, source.tokenizer, prompts),
-        check_vae_decoder(vae_decoder, torch_vae, samples.model_inputs[-1][:1]),
-    )
+        check_vae_decoder(vae_decoder, torch_vae, latents),
+    ]
+    encoder = None
+    if vae_encoder:
+        on_stage("capturing the VAE encoder", 0, 0)
+        encoder, torch_vae = make_vae_encoder(source, dtype)
+        others.append(check_vae_encoder(encoder, torch_vae, latents))
     report = ParityReport(criteria=(*report.criteria, *others))
-    return Components(text_encoder, denoiser, vae_decoder), report, samples
+    return Components(text_encoder, denoiser, vae_decoder, encoder), report, samples
 
 
 def _parity_steps(calls: int, seconds_per_call: float) -> list[int]:
@@ -209,6 +228,7 @@ def _manifest(
             history=plan.history,
             stochastic=plan.stochastic,
             guidance_scale=guidance_scale,
+            order=plan.order,
         ),
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in components.by_name()},

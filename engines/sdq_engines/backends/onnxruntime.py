@@ -20,7 +20,7 @@ import numpy as np
 from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.stepping import HostStepper
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import COMPONENTS, DENOISER
+from sdq_engines.package.layout import DENOISER
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -64,11 +64,12 @@ class OnnxRuntimeBackend:
     def build(self, job: BuildJob) -> BuildResult:
         import onnxruntime as ort
 
-        for component in COMPONENTS:
+        components = job.package.manifest.components
+        for component in components:
             job.progress(component, "opening")
             open_session(job.package.component(component), [CPU])
         kernels = _kernel_counts(job.package)
-        return BuildResult(dict.fromkeys(COMPONENTS), ort.__version__, "any CPU", {}, kernels)
+        return BuildResult(dict.fromkeys(components), ort.__version__, "any CPU", {}, kernels)
 
     def load(self, package: Package, entry: EngineEntry, options: Mapping[str, Any]) -> OnnxRuntimeSession:
         require_working(self)
@@ -186,6 +187,9 @@ class DeviceStepper:
 
     def latents(self) -> np.ndarray:
         return np.array(self.state["latents"].numpy())
+
+    def replace(self, latents: np.ndarray) -> None:
+        self.state["latents"] = self._value(np.asarray(latents, np.float32))
 
 
 def _kernel_counts(package: Package) -> KernelCounts | None:

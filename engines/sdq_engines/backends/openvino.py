@@ -19,7 +19,7 @@ import numpy as np
 
 from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import COMPONENTS, DENOISER, VAE_DECODER
+from sdq_engines.package.layout import DENOISER, VAE_DECODER
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -80,7 +80,7 @@ class OpenVinoBackend:
         files: dict[str, str | None] = {}
         kernels: KernelCounts | None = None
         core = ov.Core()
-        for component in COMPONENTS:
+        for component in job.package.manifest.components:
             job.progress(component, "lowering")
             path = _lowered(job, component, self.lowering(component, job.options))
             job.progress(component, "compiling")
@@ -240,6 +240,9 @@ class OpenVinoStepper:
 
     def latents(self) -> np.ndarray:
         return np.array(self.buffers["latents"])
+
+    def replace(self, latents: np.ndarray) -> None:
+        self.buffers["latents"][...] = latents
 
 
 def _extra_shape(name: str, denoiser: OpenVinoComponent, latents: np.ndarray) -> tuple[int, ...]:

@@ -9,11 +9,13 @@ __all__ = [
     "LICENSE",
     "MANIFEST",
     "NOTICE",
+    "OPTIONAL_COMPONENTS",
     "PROLOGUE",
     "SAMPLER",
     "TEXT_ENCODER",
     "TOKENIZER",
     "VAE_DECODER",
+    "VAE_ENCODER",
     "engine_folder",
     "model_file",
 ]
@@ -29,9 +31,13 @@ TEXT_ENCODER = "text_encoder"
 PROLOGUE = "prologue"
 DENOISER = "denoiser"
 VAE_DECODER = "vae_decoder"
+VAE_ENCODER = "vae_encoder"
 
 #: The ONNX components in the order in which a prompt passes through them.
 COMPONENTS = (TEXT_ENCODER, PROLOGUE, DENOISER, VAE_DECODER)
+
+#: What a package may have beside them; `manifest.components` lists what it has.
+OPTIONAL_COMPONENTS = (VAE_ENCODER,)
 
 
 def model_file(component: str) -> str:

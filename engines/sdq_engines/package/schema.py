@@ -48,6 +48,8 @@ class ModelIO(_Strict):
     """(height, width) in pixels."""
     prologue_outputs: list[str]
     """Names of the prologue's outputs, which are inputs of the denoiser under the same names."""
+    extra_channels: int = Field(default=0, ge=0)
+    """Channels that an inpainting denoiser takes beside the latents: 1 of the mask, then C of the masked image."""
 
 
 class TextInfo(_Strict):
@@ -78,6 +80,8 @@ class SamplerInfo(_Strict):
     """Whether each step takes fresh noise."""
     guidance_scale: float
     """The default when the caller names none."""
+    order: int = Field(default=1, ge=1)
+    """Model calls per step where diffusers counts them so (Heun: 2); a run from an image starts at a multiple of it."""
 
 
 class SourceInfo(_Strict):

@@ -10,7 +10,10 @@ from typing import Any
 from sdq_engines.errors import SdqError
 from sdq_engines.package.schema import Manifest
 
-__all__ = ["ImageRequest", "check_sampler", "plan_images", "refuse_others"]
+__all__ = ["ImageRequest", "check_originals", "check_sampler", "plan_images", "refuse_others"]
+
+_IMAGE_STRENGTH, _INPAINT_STRENGTH = 0.8, 1.0
+"""diffusers' own, where the caller names none."""
 
 #: Arguments of diffusers' pipelines that a compiled package cannot honour, and why.
 _REFUSED = {
@@ -22,6 +25,8 @@ _REFUSED = {
     "width": "the image size is compiled into the package",
     "clip_skip": "the text encoder's output layer is compiled into the package",
     "cross_attention_kwargs": "attention is compiled into the package",
+    "padding_mask_crop": "the whole image goes through the model; crop it before",
+    "masked_image_latents": "the package encodes images itself",
     "ip_adapter_image": "the package holds no image adapter",
     "ip_adapter_image_embeds": "the package holds no image adapter",
     "prompt_embeds": "the package encodes prompts itself",
@@ -40,6 +45,8 @@ class ImageRequest:
     prompt: str
     negative_prompt: str
     seed: int
+    prompt_index: int = 0
+    """Which prompt of the call it is."""
 
 
 def refuse_others(arguments: dict[str, Any]) -> None:
@@ -66,6 +73,32 @@ def check_sampler(manifest: Manifest, num_inference_steps: int | None, scheduler
         raise SdqError(f"{has}; the scheduler {scheduler} was asked for.", hint)
 
 
+def check_originals(manifest: Manifest, image: object, mask_image: object, strength: float | None) -> float | None:
+    """The strength of a run that begins from an image; None for text to image.
+
+    Raises:
+        SdqError: arguments that do not go together, or not with this package.
+    """
+    if image is None:
+        if manifest.io.extra_channels:
+            raise SdqError(
+                "This package's denoiser is an inpainting one: it needs an image and a mask.",
+                "Give image= and mask_image= (sdq-deploy run PACKAGE PROMPT --image FILE --mask FILE).",
+            )
+        if mask_image is not None or strength is not None:
+            given = "mask_image" if mask_image is not None else "strength"
+            raise SdqError(f"{given} was given without an image.", "Give image= as well, or leave it out.")
+        return None
+    if mask_image is None and manifest.io.extra_channels:
+        raise SdqError(
+            "This package's denoiser is an inpainting one: it needs a mask beside the image.",
+            "Give mask_image=, white where to paint (--mask FILE); an all-white one repaints everything.",
+        )
+    if strength is not None:
+        return float(strength)
+    return _IMAGE_STRENGTH if mask_image is None else _INPAINT_STRENGTH
+
+
 def plan_images(
     prompt: str | Sequence[str],
     negative_prompt: str | Sequence[str] | None,
@@ -87,8 +120,11 @@ def plan_images(
     negatives = _negatives(negative_prompt, len(prompts))
     total = len(prompts) * num_images_per_prompt
     seeds = _seeds(seed, total)
-    pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(num_images_per_prompt)]
-    return [ImageRequest(*pair, seed=number) for pair, number in zip(pairs, seeds, strict=True)]
+    owners = [index for index in range(len(prompts)) for _ in range(num_images_per_prompt)]
+    return [
+        ImageRequest(prompts[index], negatives[index], number, index)
+        for index, number in zip(owners, seeds, strict=True)
+    ]
 
 
 def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sdq_export.parity.graphs import open_graph
 from sdq_export.parity.report import Criterion
+from sdq_export.vae_encoder import VaeEncoder
 
-__all__ = ["check_text_encoder", "check_vae_decoder"]
+__all__ = ["check_text_encoder", "check_vae_decoder", "check_vae_encoder"]
 
 _LIMIT = 1e-4
 
@@ -38,6 +39,16 @@ def check_vae_decoder(graph: ir.Model, vae: Any, latents: Tensor) -> Criterion:
         decoded = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
     wanted = (decoded / 2 + 0.5).clamp(0, 1).numpy()
     return _criterion("vae_decoder", _run(graph, {"latents": latents.numpy()}), wanted)
+
+
+def check_vae_encoder(graph: ir.Model, vae: Any, latents: Tensor) -> Criterion:
+    """The encoder's graph against torch, mean and standard deviation each, on the images of latents [n, C, h, w]."""
+    with torch.no_grad():
+        images = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
+        wanted = VaeEncoder(vae)(images).numpy()
+    found = _run(graph, {"images": images.numpy()})
+    halves = zip(np.split(found, 2, axis=1), np.split(wanted, 2, axis=1), strict=True)
+    return max((_criterion("vae_encoder", *half) for half in halves), key=lambda criterion: criterion.worst)
 
 
 def _run(graph: ir.Model, feeds: dict[str, NDArray[Any]]) -> NDArray[Any]:

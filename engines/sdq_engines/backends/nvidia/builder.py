@@ -18,7 +18,7 @@ from sdq_engines.backends.nvidia import cuda
 from sdq_engines.errors import SdqError
 from sdq_engines.lowering.graph import apply, load_graph
 from sdq_engines.lowering.save import save_graph
-from sdq_engines.package.layout import COMPONENTS, DENOISER, PROLOGUE, TEXT_ENCODER
+from sdq_engines.package.layout import DENOISER, PROLOGUE, TEXT_ENCODER, VAE_ENCODER
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -41,7 +41,7 @@ def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildRes
     log = _listen(trt)
     files: dict[str, str | None] = {}
     kernels = None
-    for component in COMPONENTS:
+    for component in job.package.manifest.components:
         job.progress(component, "lowering")
         graph = apply(load_graph(job.package.component(component)), lowering(component, job.options))
         path = save_graph(graph, job.out / "work" / component)
@@ -56,10 +56,15 @@ def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildRes
 
 
 def shapes(graph: ir.Model, component: str, profile: ShapeProfile) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Each input's (min, opt, max) shape: "batch" counts images; in the text components texts, at most two an image."""
+    """Each input's (min, opt, max) shape: "batch" counts images; in the text components texts, at most two an image.
+
+    Images to start from are encoded one at a time.
+    """
     sizes = (profile.batch_min, profile.batch_opt, profile.batch_max)
     if component in (TEXT_ENCODER, PROLOGUE):
         sizes = (1, 2, 2 * profile.batch_max)
+    elif component == VAE_ENCODER:
+        sizes = (1, 1, profile.batch_max)
     found = {}
     for value in graph.graph.inputs:
         assert value.shape is not None
