@@ -13,11 +13,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 WIDTH, MAX_LENGTH = 32, 16
 
 
-def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+def tiny_unet(seed: int = 0, in_channels: int = 4) -> UNet2DConditionModel:
     """Three levels, cross-attention in two, 8x8 latents; SD's structure in every respect but its size."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=in_channels,
         block_out_channels=(32, 32, 64),
         layers_per_block=1,
         cross_attention_dim=WIDTH,
@@ -29,9 +30,9 @@ def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
     return _randomize_norms(unet).eval().requires_grad_(False)
 
 
-def write_tiny_sd(folder: Path, seed: int = 0) -> Path:
-    """Write the checkpoint into `folder` and return it."""
-    tiny_unet(seed).save_pretrained(folder / "unet")
+def write_tiny_sd(folder: Path, seed: int = 0, inpainting: bool = False) -> Path:
+    """Write the checkpoint into `folder` and return it; for inpainting, with a denoiser of nine channels."""
+    tiny_unet(seed, in_channels=9 if inpainting else 4).save_pretrained(folder / "unet")
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -63,7 +64,7 @@ def write_tiny_sd(folder: Path, seed: int = 0) -> Path:
         steps_offset=1,
     ).save_pretrained(folder / "scheduler")
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInpaintPipeline" if inpainting else "StableDiffusionPipeline",
         "_diffusers_version": "0.42.1",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],

@@ -16,6 +16,7 @@ from sdq_engines.package.layout import DENOISER, PROLOGUE, TEXT_ENCODER, VAE_DEC
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.denoiser import DenoiserGraphs, build_denoiser, run_passes
 from sdq_export.families import sd
+from sdq_export.inpainting import extra_channels
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
 from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.store_fp16 import StoreFp16
@@ -95,6 +96,7 @@ def make_denoiser(
         spec=checkpoint.spec if checkpoint else None,
         tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
         store_fp16=dtype == "fp16",
+        extra_channels=extra_channels(source.unet),
     )
 
 

@@ -51,6 +51,7 @@ def build_denoiser(
     spec: QuantSpec | None = None,
     tensors: Tensors | None = None,
     store_fp16: bool = True,
+    extra_channels: int = 0,
 ) -> DenoiserGraphs:
     """Run the passes.
 
@@ -63,6 +64,7 @@ def build_denoiser(
         spec: the sites; None leaves the denoiser in floating point.
         tensors: integers and scales of the sites, by the keys of `sdq_export.checkpoint`.
         store_fp16: store large weights as FP16 where that loses nothing.
+        extra_channels: of an inpainting denoiser.
 
     Raises:
         SdqError: the denoiser has a form that a pass does not support.
@@ -72,7 +74,7 @@ def build_denoiser(
     storage = [StoreFp16()] if store_fp16 else []
     run_passes(prologue, [KeepPrologue(TEXT_INPUT), *storage, ClearNotes()])
     quantization = _quantization(spec, tensors or {}) if spec is not None else []
-    step = SamplerStep(plan.history, plan.stochastic, latent_shape)
+    step = SamplerStep(plan.history, plan.stochastic, latent_shape, extra_channels)
     run_passes(
         captured,
         [

@@ -10,10 +10,12 @@ from typing import Any
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import sha256_file
+from sdq_export.inpainting import extra_channels, remember_whole_mask
 
 __all__ = ["Source", "load_source"]
 
 _WEIGHTS = ("unet", "vae", "text_encoder")
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline")
 _PATTERNS = ["*.json", "*.txt", "*.safetensors", "LICENSE*", "README.md"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -48,7 +50,10 @@ class Source:
         """diffusers' UNet2DConditionModel."""
         from diffusers import UNet2DConditionModel
 
-        return self._component(UNet2DConditionModel, "unet")
+        unet = self._component(UNet2DConditionModel, "unet")
+        if extra_channels(unet):
+            remember_whole_mask(unet, self.vae)
+        return unet
 
     @cached_property
     def vae(self) -> Any:
@@ -146,10 +151,10 @@ def load_source(model: str | Path, revision: str | None = None) -> Source:
         source = Source(folder.resolve(), str(model), revision)
     except ValueError as error:
         raise SdqError(f"The model_index.json of {model} is not valid JSON: {error}.") from error
-    if source.index.get("_class_name") != "StableDiffusionPipeline":
+    if source.index.get("_class_name") not in _PIPELINES:
         raise SdqError(
-            f"{model} is a {source.index.get('_class_name')}; this version takes StableDiffusionPipeline checkpoints "
-            "(Stable Diffusion 1.x and 2.x)."
+            f"{model} is a {source.index.get('_class_name')}; this version takes {_PIPELINES[0]} checkpoints "
+            "(Stable Diffusion 1.x and 2.x) and their inpainting variants."
         )
     for name in _WEIGHTS:
         _check_weights(source, name)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdq_engines.errors import SdqError
+from sdq_export.inpainting import whole_mask
 
 __all__ = ["StepDenoiser", "StepState", "TimeTable", "check_time_path", "time_tables"]
 
@@ -169,18 +170,26 @@ class StepDenoiser(nn.Module):
         self.unet = model
         self.num_steps = len(timesteps)
 
-    def forward(self, latents: Tensor, steps: Tensor, text_embeddings: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, steps: Tensor, text_embeddings: Tensor, extra_channels: Tensor | None = None
+    ) -> Tensor:
         """Predict the model output.
 
         Args:
             latents: [B, C, h, w], scaled as the scheduler wants its model input.
             steps: int64 [B] (or a scalar for the whole batch), index of the model call in 0..T-1.
             text_embeddings: [B, L, D].
+            extra_channels: [B, 1 + C, h, w], mask and masked image of an inpainting UNet; without them the whole image
+                is masked, which is what training and evaluation see (docs/quantization.md, "Inpainting").
 
         Returns:
             [B, C, h, w], epsilon or velocity as the checkpoint was trained.
         """
         steps = steps.expand(latents.shape[0]) if steps.ndim == 0 else steps
+        whole = whole_mask(self.unet)
+        if whole is not None:
+            extra = whole.expand(latents.shape[0], -1, -1, -1) if extra_channels is None else extra_channels
+            latents = torch.cat([latents, extra.to(latents)], dim=1)
         with self.state.during(steps):
             output: Tensor = self.unet(latents, steps, text_embeddings, return_dict=False)[0]
         return output

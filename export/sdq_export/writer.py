@@ -33,6 +33,7 @@ from sdq_export.components import (
     make_vae_encoder,
 )
 from sdq_export.families import sd
+from sdq_export.inpainting import extra_channels
 from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
 from sdq_export.parity.components import check_text_encoder, check_vae_decoder, check_vae_encoder
 from sdq_export.parity.samples import PARITY_PROMPTS
@@ -95,6 +96,7 @@ def export_package(
     _check_match(source, plan, checkpoint)
     with _claimed(out) as folder:
         sd.check_source(source)
+        _check_encoder(source, vae_encoder)
         components, report, samples = _make(
             source, plan, guidance_scale, checkpoint, dtype, prompts, vae_encoder, on_stage
         )
@@ -103,6 +105,14 @@ def export_package(
         manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report)
         package = _write(folder, source, plan, components, manifest)
     return ExportResult(package, report, plan, samples)
+
+
+def _check_encoder(source: Source, vae_encoder: bool) -> None:
+    if extra_channels(source.unet) and not vae_encoder:
+        raise SdqError(
+            "An inpainting model needs its VAE encoder: it takes the masked image's latents.",
+            "Leave --no-vae-encoder out.",
+        )
 
 
 def _check_match(source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint | None) -> None:
@@ -217,6 +227,7 @@ def _manifest(
             latent_shape=(channels, height, width),
             image_size=(height * factor, width * factor),
             prologue_outputs=prologue_names(components.denoiser.prologue),
+            extra_channels=extra_channels(source.unet),
         ),
         text=[text_info(source.tokenizer)],
         sampler=SamplerInfo(

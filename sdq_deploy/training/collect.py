@@ -120,7 +120,7 @@ def starting_noise(context: TrainingContext, generators: Sequence[torch.Generato
     config: Any = context.source.unet.config
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    shape = (1, config.in_channels, height, width)
+    shape = (1, config.out_channels, height, width)
     return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,17 @@ from PIL import Image
 
 from sdq_engines import Pipeline
 from sdq_engines.build import build_engine
-from sdq_export.sampler import make_scheduler
-from sdq_export.source import Source
+from sdq_engines.errors import SdqError
+from sdq_export.engines import check_built_engine
+from sdq_export.families import sd
+from sdq_export.parity.samples import guided
+from sdq_export.sampler import make_scheduler, run_sampler
+from sdq_export.source import Source, load_source
+from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import export_package
 from tests.export.conftest import GUIDANCE, plan_of
+from tests.export.quantized import quantized_checkpoint
+from tests.tiny import write_tiny_sd
 
 STEPS, PROMPTS, SEEDS = 8, ["a red circle", "two blue stars"], [3, 4]
 SCHEDULERS = ["ddim", "pndm", "euler", "dpmpp-2m"]
@@ -115,3 +124,90 @@ def test_inpainting_with_a_four_channel_denoiser(
     wanted = by_diffusers(source, scheduler, INPAINT, **options)
     require_equal(ours(pipeline, **options), wanted)
     assert relative(ours(pipeline, image=images, mask_image=masks[::-1], strength=strength), wanted) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def inpainting_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """A checkpoint in the layout of runwayml/stable-diffusion-inpainting."""
+    return load_source(write_tiny_sd(tmp_path_factory.mktemp("inpainting"), inpainting=True))
+
+
+@pytest.fixture(scope="module", params=["dpmpp-2m", "euler-ancestral"])
+def inpainting(
+    request: pytest.FixtureRequest, inpainting_source: Source, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Pipeline]:
+    """A scheduler and its FP32 package of nine channels on onnxruntime."""
+    scheduler: str = request.param
+    out, plan = tmp_path_factory.mktemp("nine") / "package", plan_of(inpainting_source, scheduler, STEPS)
+    made = export_package(inpainting_source, out, plan, GUIDANCE, dtype="fp32")
+    return scheduler, Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_inpainting_with_a_nine_channel_denoiser(
+    inpainting_source: Source, inpainting: tuple[str, Pipeline], strength: float
+) -> None:
+    scheduler, pipeline = inpainting
+    images, masks = [picture(1), picture(2)], [mask(), mask().transpose(Image.Transpose.ROTATE_90)]
+    options = {"image": images, "mask_image": masks, "strength": strength}
+    wanted = by_diffusers(inpainting_source, scheduler, INPAINT, **options)
+    require_equal(ours(pipeline, **options), wanted)
+    assert relative(ours(pipeline, image=images, mask_image=masks[::-1], strength=strength), wanted) > 1e-3
+    assert relative(ours(pipeline, image=images[::-1], mask_image=masks, strength=strength), wanted) > 1e-3
+
+
+def test_an_inpainting_package_says_what_it_is_and_asks_for_a_mask(inpainting: tuple[str, Pipeline]) -> None:
+    _, pipeline = inpainting
+    assert pipeline.manifest.io.extra_channels == 5
+    assert pipeline.manifest.io.latent_shape == (4, 8, 8)
+    with pytest.raises(SdqError, match="needs a mask beside the image"):
+        pipeline("a red circle", image=picture(1))
+
+
+def test_text_to_image_with_an_inpainting_package_paints_the_whole_of_a_grey_image(
+    inpainting_source: Source, inpainting: tuple[str, Pipeline]
+) -> None:
+    """As the torch denoiser does in training and evaluation, where no mask is given."""
+    scheduler, pipeline = inpainting
+    plan = plan_of(inpainting_source, scheduler, STEPS)
+    denoiser = StepDenoiser(copy.deepcopy(inpainting_source.unet), torch.from_numpy(plan.timesteps)).eval()
+    embeddings = sd.encode_prompts(inpainting_source, ["", PROMPTS[0]])
+    generator = torch.Generator().manual_seed(SEEDS[0])
+    noise = torch.randn(1, 4, 8, 8, generator=generator)
+    wanted = run_sampler(
+        plan, lambda x, step: guided(denoiser, x, step, embeddings, GUIDANCE), noise, generator=generator
+    ).numpy()
+    found = pipeline(PROMPTS[0], seed=SEEDS[0], guidance_scale=GUIDANCE).latents
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-4
+
+
+def test_a_quantized_inpainting_denoiser_passes_parity_and_compiles_for_every_engine(
+    inpainting_source: Source, tmp_path: Path
+) -> None:
+    plan = plan_of(inpainting_source, "ddim", 3)
+    checkpoint = quantized_checkpoint(inpainting_source, plan, "w4a8")
+    result = export_package(inpainting_source, tmp_path / "package", plan, GUIDANCE, checkpoint=checkpoint)
+    package = result.package
+    for engine in ("onnxruntime", "openvino", "tensorrt-rtx"):
+        package = build_engine(package, engine)
+        package, _ = check_built_engine(package, engine, result)
+    images = [
+        Pipeline.from_package(package, engine)(PROMPTS[0], image=picture(1), mask_image=mask(), seed=3).latents
+        for engine in ("onnxruntime", "openvino")
+    ]
+    assert np.linalg.norm(images[0] - images[1]) / np.linalg.norm(images[0]) < 0.2
+
+
+def test_the_encoder_can_be_left_out_but_not_of_an_inpainting_package(
+    source: Source, inpainting_source: Source, tmp_path: Path
+) -> None:
+    made = export_package(source, tmp_path / "without", plan_of(source, "ddim", 2), GUIDANCE, vae_encoder=False)
+    assert "vae_encoder" not in made.package.manifest.components
+    pipeline = Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
+    with pytest.raises(SdqError, match="has no VAE encoder") as refused:
+        pipeline("a red circle", image=picture(1))
+    assert "sdq-deploy export" in refused.value.hint
+    plan = plan_of(inpainting_source, "ddim", 2)
+    with pytest.raises(SdqError, match="inpainting model needs its VAE encoder"):
+        export_package(inpainting_source, tmp_path / "nine", plan, GUIDANCE, vae_encoder=False)
+    assert not (tmp_path / "nine").exists()

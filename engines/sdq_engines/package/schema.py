@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sdq_engines.package.layout import ENGINES
 
 __all__ = [
+    "EXTRA_CHANNELS",
     "SCHEMA_VERSION",
     "EngineEntry",
     "FileEntry",
@@ -24,6 +25,9 @@ __all__ = [
 
 #: Raised when a reader of the previous version would misread the package.
 SCHEMA_VERSION = 1
+
+#: The denoiser's input for `ModelIO.extra_channels`, [batch, extra, h, w], the same in every step.
+EXTRA_CHANNELS = "extra_channels"
 
 Precision = Literal["fp32", "fp16", "w8a8", "w4a8", "w4a16"]
 

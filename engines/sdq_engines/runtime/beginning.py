@@ -13,12 +13,11 @@ import numpy as np
 
 from sdq_engines.backends.base import Arrays
 from sdq_engines.errors import SdqError
-from sdq_engines.package.schema import SamplerInfo
+from sdq_engines.package.schema import EXTRA_CHANNELS, SamplerInfo
 from sdq_engines.runtime.noise import NoiseStream
 from sdq_engines.runtime.sampler import SamplerTables
 
 __all__ = [
-    "EXTRA_CHANNELS",
     "Beginning",
     "Moments",
     "Original",
@@ -26,9 +25,6 @@ __all__ = [
     "begin_from_originals",
     "first_call",
 ]
-
-#: The denoiser's input that an inpainting UNet takes beside the latents (docs/package-format.md).
-EXTRA_CHANNELS = "extra_channels"
 
 
 @dataclass(frozen=True)
@@ -87,10 +83,23 @@ def first_call(sampler: SamplerInfo, strength: float) -> int:
     return (steps - kept) * sampler.order
 
 
-def begin_from_noise(tables: SamplerTables, streams: Sequence[NoiseStream], shape: tuple[int, ...]) -> Beginning:
-    """Text to image: noise at the sampler's first level."""
+def begin_from_noise(
+    tables: SamplerTables, streams: Sequence[NoiseStream], shape: tuple[int, ...], grey: np.ndarray | None = None
+) -> Beginning:
+    """Text to image: noise at the sampler's first level.
+
+    Args:
+        tables: the sampler's.
+        streams: each image's noise.
+        shape: (C, h, w).
+        grey: for an inpainting denoiser, the latents [C, h, w] of an image that is masked as a whole.
+    """
     noise = np.stack([stream.normal(shape) for stream in streams])
-    return Beginning(0, noise * tables.init_noise_sigma[0])
+    extra = {}
+    if grey is not None:
+        whole = np.concatenate([np.ones_like(grey[:1]), grey])
+        extra[EXTRA_CHANNELS] = np.repeat(whole[None], len(noise), axis=0)
+    return Beginning(0, noise * tables.init_noise_sigma[0], extra)
 
 
 def begin_from_originals(
@@ -111,8 +120,9 @@ def begin_from_originals(
     # diffusers encodes the image, and so draws, only where it is needed
     clean = None if fed and from_noise else np.stack([each.image.sample(stream) for each, stream in pairs])
     noise = np.stack([stream.normal(each.image.mean.shape) for each, stream in pairs])
-    at_once = clean is None or from_noise
-    latents = noise * tables.init_noise_sigma[0] if at_once else _noised(tables, call, clean, noise)
+    latents = noise * tables.init_noise_sigma[0]
+    if clean is not None and not from_noise:
+        latents = _noised(tables, call, clean, noise)
     if not masked:
         return Beginning(call, latents)
     mask = np.stack([each.mask for each in originals if each.mask is not None])

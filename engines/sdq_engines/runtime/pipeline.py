@@ -138,9 +138,11 @@ class Pipeline:
         check_sampler(self.manifest, num_inference_steps, scheduler)
         requests = plan_images(prompt, negative_prompt, seed, num_images_per_prompt)
         strength = check_originals(self.manifest, image, mask_image, strength)
-        begin = self._begin_from_noise
-        if strength is not None:
-            begin = self._from_originals(image, mask_image, strength, 1 + requests[-1].prompt_index)
+        begin = (
+            self._from_noise()
+            if strength is None
+            else self._from_originals(image, mask_image, strength, 1 + requests[-1].prompt_index)
+        )
         guidance = self.manifest.sampler.guidance_scale if guidance_scale is None else float(guidance_scale)
         prompts = self._conditioning(requests, guidance)
         latents, images, loops = [], [], []
@@ -192,8 +194,12 @@ class Pipeline:
         shape = beginning.latents.shape[1:]
         return denoise(stepper, len(rows), shape, batch, drawn, callback, beginning.call, beginning.blend)
 
-    def _begin_from_noise(self, requests: Sequence[ImageRequest], streams: Sequence[NoiseStream]) -> Beginning:
-        return begin_from_noise(self._tables, streams, self.manifest.io.latent_shape)
+    def _from_noise(self) -> Begin:
+        """Without an image an inpainting denoiser paints the whole of a grey one."""
+        grey = None
+        if self.manifest.io.extra_channels:
+            grey = self.encode_image(np.zeros((3, *self.manifest.io.image_size), np.float32)).mean
+        return lambda _, streams: begin_from_noise(self._tables, streams, self.manifest.io.latent_shape, grey)
 
     def _from_originals(self, image: Any, mask_image: Any, strength: float, prompts: int) -> Begin:
         """Every different image of the call is encoded once, before the first batch."""

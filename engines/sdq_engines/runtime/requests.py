@@ -80,11 +80,6 @@ def check_originals(manifest: Manifest, image: object, mask_image: object, stren
         SdqError: arguments that do not go together, or not with this package.
     """
     if image is None:
-        if manifest.io.extra_channels:
-            raise SdqError(
-                "This package's denoiser is an inpainting one: it needs an image and a mask.",
-                "Give image= and mask_image= (sdq-deploy run PACKAGE PROMPT --image FILE --mask FILE).",
-            )
         if mask_image is not None or strength is not None:
             given = "mask_image" if mask_image is not None else "strength"
             raise SdqError(f"{given} was given without an image.", "Give image= as well, or leave it out.")

@@ -53,7 +53,7 @@ def latent_shape(source: Source) -> tuple[int, int, int]:
     config = source.unet.config
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return int(config.in_channels), int(height), int(width)
+    return int(config.out_channels), int(height), int(width)
 
 
 def pixels_per_latent(source: Source) -> int:
@@ -79,10 +79,13 @@ def encode_prompts(source: Source, prompts: Sequence[str]) -> Tensor:
 
 
 def capture_denoiser(unet: nn.Module, shape: tuple[int, int, int], tokens: int) -> ir.Model:
-    """The UNet: ``sample`` f32 [2*batch, C, h, w], ``timestep`` f32 [], ``text_embeddings`` f32 [2*batch, L, D]."""
+    """The UNet: ``sample`` f32 [2*batch, C, h, w], ``timestep`` f32 [], ``text_embeddings`` f32 [2*batch, L, D].
+
+    C are the channels that it takes: for inpainting, the extra ones as well.
+    """
     config: Any = unet.config
     inputs = {
-        "sample": torch.randn(2, *shape),
+        "sample": torch.randn(2, config.in_channels, *shape[1:]),
         "timestep": torch.tensor(1.0),
         "encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim),
     }

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sdq_export.inpainting import sample_extra
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sampler.run import run_sampler
 from sdq_export.stepping import StepDenoiser
@@ -38,12 +39,14 @@ class TeacherSamples:
         guidance_scale: of the guided outputs.
         model_inputs: float32 [T, N, C, h, w], what the denoiser is given at each step.
         outputs: float32 [T, N, C, h, w], the teacher's guided output there.
+        extra: float32 [N, 1 + C, h, w], mask and masked image of an inpainting denoiser, the same at every step.
     """
 
     embeddings: Tensor
     guidance_scale: float
     model_inputs: Tensor
     outputs: Tensor
+    extra: Tensor | None = None
 
     def distances(self, outputs: NDArray[np.float32] | Tensor, step: int) -> NDArray[np.float64]:
         """Relative L2 distance of each sample's guided output [N, C, h, w] from the teacher's, [N]."""
@@ -57,11 +60,12 @@ def samples_for(latent_shape: tuple[int, int, int]) -> int:
     return max(2, min(8, _WANTED_ELEMENTS // int(np.prod(latent_shape))))
 
 
-def guided(denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], samples_in: Tensor, step: int,
-           embeddings: Tensor, guidance_scale: float) -> Tensor:  # fmt: skip
+def guided(denoiser: Callable[..., Tensor], samples_in: Tensor, step: int, embeddings: Tensor,
+           guidance_scale: float, extra: Tensor | None = None) -> Tensor:  # fmt: skip
     """One guided output [N, C, h, w] of a StepDenoiser, as diffusers' pipelines combine it."""
+    more = [] if extra is None else [torch.cat([extra, extra])]
     with torch.no_grad():
-        output = denoiser(torch.cat([samples_in, samples_in]), torch.tensor(step), embeddings)
+        output = denoiser(torch.cat([samples_in, samples_in]), torch.tensor(step), embeddings, *more)
     uncond, cond = output.chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 
@@ -91,6 +95,7 @@ def record_teacher(
     embeddings = encode([""] * count + chosen)
     teacher = StepDenoiser(copy.deepcopy(unet), torch.from_numpy(plan.timesteps)).eval()
     generator = torch.Generator().manual_seed(_SEED)
+    extra = sample_extra(unet, count, torch.Generator().manual_seed(_SEED + 1))
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
@@ -102,9 +107,9 @@ def record_teacher(
 
     run_sampler(
         plan,
-        lambda model_input, step: guided(teacher, model_input, step, embeddings, guidance_scale),
+        lambda model_input, step: guided(teacher, model_input, step, embeddings, guidance_scale, extra),
         torch.randn(count, *latent_shape, generator=generator),
         generator=generator,
         on_step=keep,
     )
-    return TeacherSamples(embeddings, guidance_scale, torch.stack(inputs), torch.stack(outputs))
+    return TeacherSamples(embeddings, guidance_scale, torch.stack(inputs), torch.stack(outputs), extra)
