@@ -22,6 +22,7 @@ from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.reference import build_reference
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.sizes import HEIGHT, WIDTH
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser, time_tables
 from sdq_export.storage import round_weights_
@@ -80,18 +81,25 @@ def make_reference(
 
 
 def make_denoiser(
-    source: Source, plan: SamplerPlan, reference: StepDenoiser, checkpoint: QuantizedCheckpoint | None, dtype: Dtype
+    source: Source,
+    plan: SamplerPlan,
+    reference: StepDenoiser,
+    checkpoint: QuantizedCheckpoint | None,
+    dtype: Dtype,
+    free_size: bool = False,
 ) -> DenoiserGraphs:
     """Capture the source's UNet, give it the reference's weights, and run the passes."""
     shape, tokens = sd.latent_shape(source), int(source.tokenizer.model_max_length)
-    captured = _capture_once(source, DENOISER, lambda: sd.capture_denoiser(source.unet, shape, tokens))
+    captured = _capture_once(
+        source, f"{DENOISER} {free_size}", lambda: sd.capture_denoiser(source.unet, shape, tokens, free_size)
+    )
     # the time path is in the UNet alone: its tables come from the source's own weights, as in training
     tables = time_tables(source.unet, torch.from_numpy(plan.timesteps))
     return build_denoiser(
         captured,
         {block: table.numpy() for block, table in tables.items()},
         plan,
-        shape,
+        (shape[0], HEIGHT, WIDTH) if free_size else shape,
         weights={name: tensor.numpy() for name, tensor in reference.unet.state_dict().items()},
         spec=checkpoint.spec if checkpoint else None,
         tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
@@ -107,19 +115,23 @@ def make_text_encoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module
     return _finished(captured, dtype), module
 
 
-def make_vae_decoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
+def make_vae_decoder(source: Source, dtype: Dtype, free_size: bool = False) -> tuple[ir.Model, nn.Module]:
     """The decoder's graph, and the torch VAE that it equals."""
     module, shape = _stored(source.vae, dtype), sd.latent_shape(source)
-    captured = _capture_once(source, f"{VAE_DECODER} {dtype}", lambda: sd.capture_vae_decoder(module, shape))
+    captured = _capture_once(
+        source, f"{VAE_DECODER} {dtype} {free_size}", lambda: sd.capture_vae_decoder(module, shape, free_size)
+    )
     return _finished(captured, dtype), module
 
 
-def make_vae_encoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
+def make_vae_encoder(source: Source, dtype: Dtype, free_size: bool = False) -> tuple[ir.Model, nn.Module]:
     """The encoder's graph, and the torch VAE that it equals."""
     module, (_, height, width) = _stored(source.vae, dtype), sd.latent_shape(source)
     factor = sd.pixels_per_latent(source)
     size = (height * factor, width * factor)
-    captured = _capture_once(source, f"{VAE_ENCODER} {dtype}", lambda: capture_vae_encoder(module, size))
+    captured = _capture_once(
+        source, f"{VAE_ENCODER} {dtype} {free_size}", lambda: capture_vae_encoder(module, size, free_size)
+    )
     return _finished(captured, dtype), module
 
 

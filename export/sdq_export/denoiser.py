@@ -18,7 +18,7 @@ from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.prologue import CutPrologue, KeepPrologue
 from sdq_export.passes.qdq import QuantizeActivations
 from sdq_export.passes.quantize_weights import QuantizeWeights
-from sdq_export.passes.sampler_step import SamplerStep
+from sdq_export.passes.sampler_step import LatentShape, SamplerStep
 from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.passes.time_tables import TimeTables
 from sdq_export.passes.timestep_scales import TimestepScales
@@ -45,7 +45,7 @@ def build_denoiser(
     captured: ir.Model,
     tables: Tensors,
     plan: SamplerPlan,
-    latent_shape: tuple[int, int, int],
+    latent_shape: LatentShape,
     *,
     weights: Tensors | None = None,
     spec: QuantSpec | None = None,
@@ -59,7 +59,7 @@ def build_denoiser(
         captured: the UNet with inputs ``sample, timestep, text_embeddings``; it is used up.
         tables: path of each ResNet block -> float32 [T, C].
         plan: the sampler.
-        latent_shape: C, h, w.
+        latent_shape: C, h, w; the last two are names where the size is left free.
         weights: torch parameter name -> the value to use instead of the captured one.
         spec: the sites; None leaves the denoiser in floating point.
         tensors: integers and scales of the sites, by the keys of `sdq_export.checkpoint`.

@@ -8,7 +8,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from sdq_export.capture import capture
+from sdq_export.capture import FreeSize, capture
+from sdq_export.sizes import IMAGE_HEIGHT, IMAGE_WIDTH, different
 
 __all__ = ["VaeEncoder", "capture_vae_encoder"]
 
@@ -33,7 +34,10 @@ class VaeEncoder(nn.Module):
         return torch.cat([scale * distribution.mean, scale * distribution.std], dim=1)
 
 
-def capture_vae_encoder(vae: nn.Module, image_size: tuple[int, int]) -> ir.Model:
+def capture_vae_encoder(vae: nn.Module, image_size: tuple[int, int], free_size: bool = False) -> ir.Model:
     """The encoder: ``images`` f32 [batch, 3, H, W] in [-1, 1] to ``latent_moments`` f32 [batch, 2*C, h, w]."""
-    example = torch.randn(2, 3, *image_size).clamp(-1, 1)
-    return capture(VaeEncoder(vae), {"images": example}, batched=["images"], output="latent_moments")
+    config: Any = vae.config
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    example = torch.randn(2, 3, *different(image_size, factor if free_size else 0)).clamp(-1, 1)
+    sized = FreeSize("images", factor, (IMAGE_HEIGHT, IMAGE_WIDTH)) if free_size else None
+    return capture(VaeEncoder(vae), {"images": example}, batched=["images"], output="latent_moments", sized=sized)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
-from sdq_export.capture import capture
+from sdq_export.capture import FreeSize, capture
 from sdq_export.denoiser import TEXT_INPUT
+from sdq_export.sizes import HEIGHT, WIDTH, different, latent_multiple
 from sdq_export.source import Source
 from sdq_export.stepping import check_time_path
 
@@ -78,14 +79,15 @@ def encode_prompts(source: Source, prompts: Sequence[str]) -> Tensor:
     return torch.cat(parts)
 
 
-def capture_denoiser(unet: nn.Module, shape: tuple[int, int, int], tokens: int) -> ir.Model:
+def capture_denoiser(unet: nn.Module, shape: tuple[int, int, int], tokens: int, free_size: bool = False) -> ir.Model:
     """The UNet: ``sample`` f32 [2*batch, C, h, w], ``timestep`` f32 [], ``text_embeddings`` f32 [2*batch, L, D].
 
-    C are the channels that it takes: for inpainting, the extra ones as well.
+    C are the channels that it takes: for inpainting, the extra ones as well. With ``free_size`` h and w are symbols.
     """
     config: Any = unet.config
+    multiple = latent_multiple(unet) if free_size else 0
     inputs = {
-        "sample": torch.randn(2, config.in_channels, *shape[1:]),
+        "sample": torch.randn(2, config.in_channels, *different(shape[1:], multiple)),
         "timestep": torch.tensor(1.0),
         "encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim),
     }
@@ -96,6 +98,7 @@ def capture_denoiser(unet: nn.Module, shape: tuple[int, int, int], tokens: int) 
         output="model_output",
         batch="2*batch",
         static={"return_dict": False},
+        sized=FreeSize("sample", multiple, (HEIGHT, WIDTH)) if free_size else None,
     )
     # the forward's own argument name, which the exporter takes over
     next(value for value in model.graph.inputs if value.name == "encoder_hidden_states").name = TEXT_INPUT
@@ -108,10 +111,11 @@ def capture_text_encoder(text_encoder: nn.Module, tokens: int) -> ir.Model:
     return capture(_TextEncoder(text_encoder), {"input_ids": example}, batched=["input_ids"], output=TEXT_INPUT)
 
 
-def capture_vae_decoder(vae: nn.Module, shape: tuple[int, int, int]) -> ir.Model:
+def capture_vae_decoder(vae: nn.Module, shape: tuple[int, int, int], free_size: bool = False) -> ir.Model:
     """The decoder: ``latents`` f32 [batch, C, h, w] as the sampler leaves them to ``images`` in [0, 1]."""
-    example = torch.randn(2, *shape)
-    return capture(_VaeDecoder(vae), {"latents": example}, batched=["latents"], output="images")
+    example = torch.randn(2, shape[0], *different(shape[1:], int(free_size)))
+    sized = FreeSize("latents", 1, (HEIGHT, WIDTH)) if free_size else None
+    return capture(_VaeDecoder(vae), {"latents": example}, batched=["latents"], output="images", sized=sized)
 
 
 class _TextEncoder(nn.Module):

@@ -12,7 +12,9 @@ from sdq_export.graph import NodeList, add_input, constant
 from sdq_export.passes.time_tables import STEP_INPUT
 from sdq_export.sampler.plan import row_length
 
-__all__ = ["SamplerStep"]
+__all__ = ["LatentShape", "SamplerStep"]
+
+LatentShape = tuple[int, int | str, int | str]
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -37,13 +39,11 @@ class SamplerStep(ir.passes.InPlacePass):
     Args:
         history: H.
         stochastic: whether steps take fresh noise.
-        latent_shape: C, h, w.
+        latent_shape: C, h, w; the last two are names where the size is left free.
         extra_channels: what an inpainting denoiser takes beside the latents, as one more input of the graph.
     """
 
-    def __init__(
-        self, history: int, stochastic: bool, latent_shape: tuple[int, int, int], extra_channels: int = 0
-    ) -> None:
+    def __init__(self, history: int, stochastic: bool, latent_shape: LatentShape, extra_channels: int = 0) -> None:
         super().__init__()
         self.history = history
         self.slots = 1 + history
@@ -78,7 +78,10 @@ class SamplerStep(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """The graph is a denoiser."""
-        shapes = [list(value.shape or [])[1:] for value in (model.graph.inputs[0], model.graph.outputs[0])]
+        shapes = [
+            [dim if isinstance(dim, int) else str(dim.value) for dim in (value.shape or [])][1:]
+            for value in (model.graph.inputs[0], model.graph.outputs[0])
+        ]
         channels, *size = self.latent_shape
         wanted = [[channels + self.extra_channels, *size], [channels, *size]]
         if len(model.graph.outputs) != 1 or shapes != wanted:
