@@ -25,6 +25,7 @@ _UNET = {
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
+_NINE = {"in_channels": 9}
 _VAE = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
 _TOKENIZER = {"model_max_length": MAX_LENGTH}
 _DDIM = {
@@ -38,9 +39,9 @@ _DDIM = {
 }
 
 
-def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+def tiny_unet(seed: int = 0, in_channels: int = 4) -> UNet2DConditionModel:
     """Three levels, cross-attention in two, 8x8 latents; SD's structure in every respect but its size."""
-    unet: UNet2DConditionModel = randomize_(UNet2DConditionModel(**_UNET), seed)
+    unet: UNet2DConditionModel = randomize_(UNet2DConditionModel(**_UNET, in_channels=in_channels), seed)
     return unet
 
 
@@ -49,10 +50,11 @@ def prompt_rows(text: Tensor) -> Conditioning:
     return Conditioning({"text_embeddings": text})
 
 
-def write_tiny_sd(folder: Path, seed: int = 0) -> Path:
-    """Stable Diffusion 1, with DDIM; 8x8 latents, 64x64 pixels. Returns the folder."""
-    changes = {"unet": _UNET, "vae": _VAE, "text_encoder": _clip(WIDTH), "tokenizer": _TOKENIZER, "scheduler": _DDIM}
-    return write_checkpoint(folder, "sd14", changes, seed=seed)
+def write_tiny_sd(folder: Path, seed: int = 0, inpainting: bool = False) -> Path:
+    """Stable Diffusion 1, with DDIM; 8x8 latents, 64x64 pixels; for inpainting nine channels. Returns the folder."""
+    unet, kind = (_UNET | _NINE, "StableDiffusionInpaintPipeline") if inpainting else (_UNET, None)
+    changes = {"unet": unet, "vae": _VAE, "text_encoder": _clip(WIDTH), "tokenizer": _TOKENIZER, "scheduler": _DDIM}
+    return write_checkpoint(folder, "sd14", changes, pipeline=kind, seed=seed)
 
 
 def write_tiny_sd2(folder: Path, seed: int = 0) -> Path:
@@ -64,8 +66,11 @@ def write_tiny_sd2(folder: Path, seed: int = 0) -> Path:
     )
 
 
-def write_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
-    """Stable Diffusion XL: two text encoders (32 and 24 channels), text and sizes in the time embedding."""
+def write_tiny_sdxl(folder: Path, seed: int = 0, inpainting: bool = False) -> Path:
+    """Stable Diffusion XL: two text encoders (32 and 24 channels), text and sizes in the time embedding.
+
+    For inpainting, a denoiser of nine channels.
+    """
     unet = {
         "sample_size": 8,
         "block_out_channels": [16, 32, 32],
@@ -77,8 +82,11 @@ def write_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
         "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": 6 * 8 + 24,
     }
+    kind = None
+    if inpainting:
+        unet, kind = unet | _NINE, "StableDiffusionXLInpaintPipeline"
     changes = {"unet": unet, "vae": _VAE, **_two_clips(24)}
-    return write_checkpoint(folder, "sdxl", changes, seed=seed)
+    return write_checkpoint(folder, "sdxl", changes, pipeline=kind, seed=seed)
 
 
 def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False) -> Path:

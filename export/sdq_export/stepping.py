@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sdq_export.conditioning import Conditioning
 from sdq_export.families import family_of
+from sdq_export.inpainting import whole_mask
 from sdq_export.step_state import StepState
 
 __all__ = ["StepDenoiser"]
@@ -39,18 +41,26 @@ class StepDenoiser(nn.Module):
         self.model: Any = model
         self.num_steps = len(timesteps)
 
-    def forward(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(
+        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, extra_channels: Tensor | None = None
+    ) -> Tensor:
         """Predict the model output.
 
         Args:
             latents: [B, C, h, w], scaled as the scheduler wants its model input.
             steps: int64 [B] (or a scalar for the whole batch), index of the model call in 0..T-1.
             conditioning: of B prompts.
+            extra_channels: [B, 1 + C, h, w], mask and masked image of an inpainting denoiser; without them the whole
+                image is masked, which is what training and evaluation see (docs/quantization.md, "Inpainting").
 
         Returns:
             [B, C, h, w], epsilon or velocity as the checkpoint was trained.
         """
         steps = steps.expand(latents.shape[0]) if steps.ndim == 0 else steps
+        whole = whole_mask(self.model)
+        if whole is not None:
+            extra = whole.expand(latents.shape[0], -1, -1, -1) if extra_channels is None else extra_channels
+            latents = torch.cat([latents, extra.to(latents)], dim=1)
         with self.state.during(steps):
             return self.family.predict(self.model, latents, steps, conditioning)
 

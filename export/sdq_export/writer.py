@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_bytes, claim_output, folder_kind, remove_empty_parents
@@ -23,9 +24,17 @@ from sdq_engines.package.paths import is_inside
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
 from sdq_engines.package.store import Package, read_manifest
 from sdq_export.checkpoint import QuantizedCheckpoint
-from sdq_export.components import Components, Dtype, make_denoiser, make_reference, make_text_encoder, make_vae_decoder
+from sdq_export.components import (
+    Components,
+    Dtype,
+    make_denoiser,
+    make_reference,
+    make_text_encoder,
+    make_vae_decoder,
+    make_vae_encoder,
+)
 from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
-from sdq_export.parity.components import check_text_encoder, check_vae_decoder
+from sdq_export.parity.components import check_text_encoder, check_vae_decoder, check_vae_encoder
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import notice, source_info, tool_versions
@@ -64,6 +73,7 @@ def export_package(
     checkpoint: QuantizedCheckpoint | None = None,
     dtype: Dtype = "fp16",
     prompts: Sequence[str] = PARITY_PROMPTS,
+    vae_encoder: bool = True,
     on_stage: OnStage = lambda name, done, total: None,
 ) -> ExportResult:
     """Export a model, quantized or not, as a package without engines.
@@ -76,6 +86,7 @@ def export_package(
         checkpoint: the quantized denoiser; None exports the source in floating point.
         dtype: how floating-point weights are stored.
         prompts: for the parity samples.
+        vae_encoder: whether the package may start from images.
         on_stage: hears what is being done.
 
     Raises:
@@ -85,12 +96,23 @@ def export_package(
     source = source.for_spec(checkpoint.spec if checkpoint else None)
     with _claimed(out) as folder:
         source.family.check_source(source)
-        components, report, samples = _make(source, plan, guidance_scale, checkpoint, dtype, prompts, on_stage)
+        _check_encoder(source, vae_encoder)
+        components, report, samples = _make(
+            source, plan, guidance_scale, checkpoint, dtype, prompts, vae_encoder, on_stage
+        )
         report.require()
         on_stage("writing", 0, 0)
         manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report)
         package = _write(folder, source, plan, components, manifest)
     return ExportResult(package, report, plan, samples)
+
+
+def _check_encoder(source: Source, vae_encoder: bool) -> None:
+    if source.family.extra_channels(source.denoiser) and not vae_encoder:
+        raise SdqError(
+            "An inpainting model needs its VAE encoder: it takes the masked image's latents.",
+            "Leave --no-vae-encoder out.",
+        )
 
 
 def _check_match(source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint | None) -> None:
@@ -131,6 +153,7 @@ def _make(
     checkpoint: QuantizedCheckpoint | None,
     dtype: Dtype,
     prompts: Sequence[str],
+    vae_encoder: bool,
     on_stage: OnStage,
 ) -> tuple[Components, ParityReport, TeacherSamples]:
     """Every graph and its parity."""
@@ -165,9 +188,17 @@ def _make(
         text_encoders[encoder.component] = graph
     on_stage("capturing the VAE decoder", 0, 0)
     vae_decoder, module = make_vae_decoder(source, dtype)
-    others.append(check_vae_decoder(vae_decoder, module, samples.model_inputs[-1][:1]))
+    latents = samples.model_inputs[-1][:1]
+    others.append(check_vae_decoder(vae_decoder, module, latents))
+    encoder_graph = None
+    if vae_encoder:
+        on_stage("capturing the VAE encoder", 0, 0)
+        with torch.no_grad():
+            images = module(latents)
+        encoder_graph, module = make_vae_encoder(source, dtype)
+        others.append(check_vae_encoder(encoder_graph, module, images))
     report = ParityReport(criteria=(*report.criteria, *others))
-    return Components(text_encoders, denoiser, vae_decoder), report, samples
+    return Components(text_encoders, denoiser, vae_decoder, encoder_graph), report, samples
 
 
 def _parity_steps(calls: int, seconds_per_call: float) -> list[int]:
@@ -198,6 +229,7 @@ def _manifest(
             prologue_inputs=[value.name or "" for value in components.denoiser.prologue.graph.inputs],
             prologue_outputs=prologue_names(components.denoiser.prologue),
             force_zeros_for_empty_prompt=family.zeros_for_no_prompt(source),
+            extra_channels=family.extra_channels(source.denoiser),
         ),
         text=[text_info(source, encoder) for encoder in family.text_encoders],
         sampler=SamplerInfo(
@@ -209,10 +241,11 @@ def _manifest(
             history=plan.history,
             stochastic=plan.stochastic,
             guidance_scale=guidance_scale,
+            order=plan.order,
         ),
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in components.by_name()},
-        full_precision=list(family.full_precision(source)),
+        full_precision=[name for name in family.full_precision(source) if name in components.by_name()],
         tools=tool_versions(),
         files={},
         fidelity={"parity": report.to_manifest()},

@@ -6,6 +6,7 @@ from typing import Any
 
 from sdq_deploy.models import resolve_model
 from sdq_engines.bench import PROMPT, Timing, measure
+from sdq_engines.errors import SdqError
 from sdq_engines.package.schema import Manifest
 
 __all__ = ["time_eager"]
@@ -26,9 +27,11 @@ def time_eager(model: str, manifest: Manifest, batch: int, runs: int) -> dict[st
     from sdq_export.source import load_source
 
     source = load_source(resolve_model(model))
+    family = source.family
+    if family.extra_channels(source.denoiser):
+        raise SdqError(f"{model} is an inpainting model; diffusers is timed on text to image.", "Leave --against out.")
     scheduler = getattr(diffusers, manifest.sampler.scheduler).from_config(manifest.sampler.config)
     pipeline = source.pipeline(scheduler)
-    family = source.family
     latents, timestep = torch.randn(2 * batch, *manifest.io.latent_shape), torch.tensor(500.0)
     prompts = family.encode_prompts(source, [PROMPT]).expand(2 * batch)
     with torch.inference_mode():

@@ -65,6 +65,10 @@ def export(
         float | None, typer.Option(help="The package's default; the run's, or a MODEL's own pipeline's.")
     ] = None,
     batch: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="Images per call of the engines.")] = "1,1,4",
+    vae_encoder: Annotated[
+        bool,
+        typer.Option("--vae-encoder/--no-vae-encoder", help="Whether the package may start from images (run --image)."),
+    ] = True,
     revision: Annotated[str | None, typer.Option(help="Of a MODEL on the hub.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -100,6 +104,7 @@ def export(
             job.guidance_scale if guidance_scale is None else guidance_scale,
             checkpoint=job.checkpoint,
             dtype=stored,
+            vae_encoder=vae_encoder,
             on_stage=on_stage,
         )
     if not json:

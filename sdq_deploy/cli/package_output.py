@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sdq_deploy.cli.shared import console, new_progress
 
 if TYPE_CHECKING:
+    from sdq_engines.runtime.loop import StepEvent
     from sdq_engines.runtime.pipeline import Pipeline
 
 __all__ = ["StepBar", "megabytes", "milliseconds", "print_bench", "print_engine", "print_parity", "say"]
@@ -22,8 +23,7 @@ class StepBar:
     """A bar over the denoising steps of all batches, shown once they have taken a second."""
 
     def __init__(self, pipeline: Pipeline, images: int) -> None:
-        batches = -(-images // pipeline.session.entry.profile.batch_max)
-        self.total = batches * pipeline.manifest.sampler.num_calls
+        self.batches = -(-images // pipeline.session.entry.profile.batch_max)
         self.done, self.started = 0, time.monotonic()
         self.progress: Any = None
 
@@ -34,12 +34,12 @@ class StepBar:
         if self.progress is not None:
             self.progress.stop()
 
-    def __call__(self, event: object) -> None:
+    def __call__(self, event: StepEvent) -> None:
         self.done += 1
         if self.progress is None and time.monotonic() - self.started > 1:
             self.progress = new_progress()
             self.progress.start()
-            self.task = self.progress.add_task("denoising", total=self.total)
+            self.task = self.progress.add_task("denoising", total=self.batches * event.num_steps)
         if self.progress is not None:
             self.progress.update(self.task, completed=self.done)
 

@@ -50,6 +50,17 @@ def run(
     negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="The package's own if not given.")] = None,
     num_images_per_prompt: Annotated[int, typer.Option("--num-images-per-prompt", "-n", min=1)] = 1,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from this image instead of noise.", show_default=False)
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Paint only where this image is white; with --image.", show_default=False),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How much of --image to repaint, above 0 to 1; 0.8 if not given, with --mask 1."),
+    ] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Only the package's own is taken.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Only the package's own is taken.")] = None,
     verify: Annotated[str, typer.Option(help="full: hash every file; cached: those changed since then.")] = "cached",
@@ -58,6 +69,8 @@ def run(
     """Make images with a package.
 
     Example: sdq-deploy run package "a red circle on a blue background" --seed 7 --out image.png
+
+    From an image: sdq-deploy run package "a red circle" --image photo.png --strength 0.6 [--mask mask.png]
     """
     from sdq_engines.runtime.pipeline import Pipeline
 
@@ -72,6 +85,9 @@ def run(
             seed=seed,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
+            image=image,
+            mask_image=mask,
+            strength=strength,
             num_inference_steps=num_inference_steps,
             scheduler=scheduler,
             callback=bar,

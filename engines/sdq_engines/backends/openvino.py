@@ -241,6 +241,9 @@ class OpenVinoStepper:
     def latents(self) -> np.ndarray:
         return np.array(self.buffers["latents"])
 
+    def replace(self, latents: np.ndarray) -> None:
+        self.buffers["latents"][...] = latents
+
 
 def _extra_shape(name: str, denoiser: OpenVinoComponent, latents: np.ndarray) -> tuple[int, ...]:
     if name == "noise":

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sdq_engines.package.layout import ENGINES, TEXT_ENCODER
 
 __all__ = [
+    "EXTRA_CHANNELS",
     "SCHEMA_VERSION",
     "SIZE_INPUT",
     "EngineEntry",
@@ -28,6 +29,9 @@ SCHEMA_VERSION = 1
 
 #: The prologue's input for the image's size: original size, crop's corner and target size, FP32 [n, 6].
 SIZE_INPUT = "time_ids"
+
+#: The denoiser's input for `ModelIO.extra_channels`, [batch, extra, h, w], the same in every step.
+EXTRA_CHANNELS = "extra_channels"
 
 Precision = Literal["fp32", "fp16", "w8a8", "w4a8", "w4a16"]
 
@@ -56,6 +60,8 @@ class ModelIO(_Strict):
     """Names of the prologue's inputs: outputs of the text encoders, and `time_ids` where the model is told the size."""
     force_zeros_for_empty_prompt: bool = False
     """Without a negative prompt the unconditional half sees zeros in place of the empty prompt's embeddings (SDXL)."""
+    extra_channels: int = Field(default=0, ge=0)
+    """Channels that an inpainting denoiser takes beside the latents: 1 of the mask, then C of the masked image."""
 
 
 class TextInfo(_Strict):
@@ -88,6 +94,8 @@ class SamplerInfo(_Strict):
     """Whether each step takes fresh noise."""
     guidance_scale: float
     """The default when the caller names none."""
+    order: int = Field(default=1, ge=1)
+    """Model calls per step where diffusers counts them so (Heun: 2); a run from an image starts at a multiple of it."""
 
 
 class SourceInfo(_Strict):

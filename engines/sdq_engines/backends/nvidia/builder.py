@@ -19,7 +19,7 @@ from sdq_engines.backends.nvidia.backend import FP32_OPTION
 from sdq_engines.errors import SdqError
 from sdq_engines.lowering.graph import apply, load_graph
 from sdq_engines.lowering.save import save_graph
-from sdq_engines.package.layout import DENOISER, runs_per_prompt
+from sdq_engines.package.layout import DENOISER, VAE_ENCODER, runs_per_prompt
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -68,10 +68,15 @@ def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shapes(graph: ir.Model, component: str, profile: ShapeProfile) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Each input's (min, opt, max) shape: "batch" counts images; in the text components texts, at most two an image."""
+    """Each input's (min, opt, max) shape: "batch" counts images; in the text components texts, at most two an image.
+
+    Images to start from are encoded one at a time.
+    """
     sizes = (profile.batch_min, profile.batch_opt, profile.batch_max)
     if runs_per_prompt(component):
         sizes = (1, 2, 2 * profile.batch_max)
+    elif component == VAE_ENCODER:
+        sizes = (1, 1, profile.batch_max)
     found = {}
     for value in graph.graph.inputs:
         assert value.shape is not None

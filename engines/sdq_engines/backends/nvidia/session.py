@@ -218,3 +218,6 @@ class NvidiaStepper:
 
     def latents(self) -> np.ndarray:
         return self.denoiser.buffers["latents"].download(self.stream)
+
+    def replace(self, latents: np.ndarray) -> None:
+        self.denoiser.buffers["latents"].upload(latents, self.stream)
