@@ -36,10 +36,12 @@ from sdq_export.families import sd
 from sdq_export.inpainting import extra_channels
 from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
 from sdq_export.parity.components import check_text_encoder, check_vae_decoder, check_vae_encoder
+from sdq_export.parity.other_size import check_other_size
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import notice, source_info, tool_versions
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.sizes import latent_multiple
 from sdq_export.source import Source
 from sdq_export.tokenizer import text_info, tokenizer_json
 
@@ -75,6 +77,7 @@ def export_package(
     dtype: Dtype = "fp16",
     prompts: Sequence[str] = PARITY_PROMPTS,
     vae_encoder: bool = True,
+    dynamic_size: bool = False,
     on_stage: OnStage = lambda name, done, total: None,
 ) -> ExportResult:
     """Export a model, quantized or not, as a package without engines.
@@ -88,6 +91,7 @@ def export_package(
         dtype: how floating-point weights are stored.
         prompts: for the parity samples.
         vae_encoder: whether the package may start from images.
+        dynamic_size: leave height and width free in the graphs, for engines of other sizes.
         on_stage: hears what is being done.
 
     Raises:
@@ -98,11 +102,15 @@ def export_package(
         sd.check_source(source)
         _check_encoder(source, vae_encoder)
         components, report, samples = _make(
-            source, plan, guidance_scale, checkpoint, dtype, prompts, vae_encoder, on_stage
+            source, plan, guidance_scale, checkpoint, dtype, prompts, vae_encoder, dynamic_size, on_stage
         )
         report.require()
         on_stage("writing", 0, 0)
         manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report)
+        if dynamic_size:
+            multiple = latent_multiple(source.unet) * sd.pixels_per_latent(source)
+            io = manifest.io.model_copy(update={"size_multiple": multiple})
+            manifest = manifest.model_copy(update={"io": io})
         package = _write(folder, source, plan, components, manifest)
     return ExportResult(package, report, plan, samples)
 
@@ -154,6 +162,7 @@ def _make(
     dtype: Dtype,
     prompts: Sequence[str],
     vae_encoder: bool,
+    dynamic_size: bool,
     on_stage: OnStage,
 ) -> tuple[Components, ParityReport, TeacherSamples]:
     """Every graph and its parity."""
@@ -171,7 +180,7 @@ def _make(
     steps = _parity_steps(plan.calls, (time.perf_counter() - started) / plan.calls)
     on_stage("capturing the denoiser", 0, 0)
     reference = make_reference(source, plan, checkpoint, dtype)
-    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype)
+    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype, dynamic_size)
     report = check_graphs(
         denoiser,
         plan,
@@ -184,7 +193,7 @@ def _make(
     on_stage("capturing the text encoder", 0, 0)
     text_encoder, torch_encoder = make_text_encoder(source, dtype)
     on_stage("capturing the VAE decoder", 0, 0)
-    vae_decoder, torch_vae = make_vae_decoder(source, dtype)
+    vae_decoder, torch_vae = make_vae_decoder(source, dtype, dynamic_size)
     on_stage("parity, text encoder and VAE", 0, 0)
     latents = samples.model_inputs[-1][:1]
     others = [
@@ -194,8 +203,11 @@ def _make(
     encoder = None
     if vae_encoder:
         on_stage("capturing the VAE encoder", 0, 0)
-        encoder, torch_vae = make_vae_encoder(source, dtype)
+        encoder, torch_vae = make_vae_encoder(source, dtype, dynamic_size)
         others.append(check_vae_encoder(encoder, torch_vae, latents))
+    if dynamic_size:
+        on_stage("parity, another size", 0, 0)
+        others += check_other_size(denoiser, vae_decoder, encoder, plan, samples, reference, torch_vae)
     report = ParityReport(criteria=(*report.criteria, *others))
     return Components(text_encoder, denoiser, vae_decoder, encoder), report, samples
 

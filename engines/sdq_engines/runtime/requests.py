@@ -21,8 +21,6 @@ _REFUSED = {
     "eta": "the sampler's noise is compiled into the package",
     "timesteps": "the timesteps are compiled into the package",
     "sigmas": "the sigmas are compiled into the package",
-    "height": "the image size is compiled into the package",
-    "width": "the image size is compiled into the package",
     "clip_skip": "the text encoder's output layer is compiled into the package",
     "cross_attention_kwargs": "attention is compiled into the package",
     "padding_mask_crop": "the whole image goes through the model; crop it before",
