@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdq_engines.errors import SdqError
-from sdq_export.inpainting import whole_mask
+from sdq_export.inpainting import with_extra
 
 __all__ = ["StepDenoiser", "StepState", "TimeTable", "check_time_path", "time_tables"]
 
@@ -186,10 +186,7 @@ class StepDenoiser(nn.Module):
             [B, C, h, w], epsilon or velocity as the checkpoint was trained.
         """
         steps = steps.expand(latents.shape[0]) if steps.ndim == 0 else steps
-        whole = whole_mask(self.unet)
-        if whole is not None:
-            extra = whole.expand(latents.shape[0], -1, -1, -1) if extra_channels is None else extra_channels
-            latents = torch.cat([latents, extra.to(latents)], dim=1)
+        latents = with_extra(self.unet, latents, extra_channels)
         with self.state.during(steps):
             output: Tensor = self.unet(latents, steps, text_embeddings, return_dict=False)[0]
         return output

@@ -22,9 +22,11 @@ def time_eager(model: str, manifest: Manifest, batch: int, runs: int) -> dict[st
     """
     import torch
 
+    from sdq_export.inpainting import with_extra
+
     pipeline = _pipeline(model, manifest)
     unet = pipeline.unet
-    latents = torch.randn(2 * batch, *manifest.io.latent_shape)
+    latents = with_extra(unet, torch.randn(2 * batch, *manifest.io.latent_shape))
     text = torch.randn(2 * batch, manifest.text[0].max_length, unet.config.cross_attention_dim)
     with torch.inference_mode():
         step = measure(lambda: unet(latents, 500, encoder_hidden_states=text), runs)
@@ -39,13 +41,16 @@ def _pipeline(model: str, manifest: Manifest) -> Any:
 
     source = load_source(resolve_model(model))
     scheduler = getattr(diffusers, manifest.sampler.scheduler).from_config(manifest.sampler.config)
-    return source.pipeline(scheduler)
+    inpainting = "StableDiffusionInpaintPipeline" if manifest.io.extra_channels else "StableDiffusionPipeline"
+    return source.pipeline(scheduler, inpainting)
 
 
 def _images(pipeline: Any, manifest: Manifest, batch: int) -> Any:
     import torch
+    from PIL import Image
 
-    sampler = manifest.sampler
+    sampler, size = manifest.sampler, manifest.io.image_size[::-1]
+    painted = {"image": Image.new("RGB", size, "grey"), "mask_image": Image.new("L", size, 255)}
     return pipeline(
         PROMPT,
         num_images_per_prompt=batch,
@@ -54,4 +59,5 @@ def _images(pipeline: Any, manifest: Manifest, batch: int) -> Any:
         height=manifest.io.image_size[0],
         width=manifest.io.image_size[1],
         generator=[torch.Generator().manual_seed(i) for i in range(batch)],
+        **(painted if manifest.io.extra_channels else {}),
     )

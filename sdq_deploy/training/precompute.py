@@ -10,6 +10,7 @@ from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import load_split
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write
+from sdq_export.inpainting import with_extra
 from sdq_export.stepping import time_tables
 
 __all__ = ["precompute", "table_error"]
@@ -56,5 +57,5 @@ def table_error(context: TrainingContext) -> float:
 def _plain(context: TrainingContext, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
     unet = context.source.unet.to(context.device)
     inputs = (latents.to(context.device), timesteps.to(context.device), embeddings.to(context.device))
-    output: Tensor = unet(*inputs, return_dict=False)[0]
+    output: Tensor = unet(with_extra(unet, inputs[0]), *inputs[1:], return_dict=False)[0]
     return output.cpu()
