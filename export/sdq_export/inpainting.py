@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
 
-__all__ = ["extra_channels", "remember_whole_mask", "sample_extra", "whole_mask"]
+__all__ = ["extra_channels", "remember_whole_mask", "sample_extra", "whole_mask", "with_extra"]
 
 _BUFFER = "whole_mask"
 
@@ -53,6 +53,18 @@ def whole_mask(unet: nn.Module) -> Tensor | None:
     """What `remember_whole_mask` kept, float32 [1, 1 + C, h, w]; None for text to image."""
     kept = getattr(unet, _BUFFER, None)
     return kept if isinstance(kept, Tensor) else None
+
+
+def with_extra(unet: nn.Module, latents: Tensor, extra: Tensor | None = None) -> Tensor:
+    """What the UNet is given: the latents [B, C, h, w] alone, or for inpainting with the extra channels behind them.
+
+    Without ``extra`` [B, 1 + C, h, w] the whole image is masked.
+    """
+    whole = whole_mask(unet)
+    if whole is None:
+        return latents
+    extra = whole.expand(latents.shape[0], -1, -1, -1) if extra is None else extra
+    return torch.cat([latents, extra.to(latents)], dim=1)
 
 
 def sample_extra(unet: nn.Module, count: int, generator: torch.Generator) -> Tensor | None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sdq_export.conditioning import Conditioning
 from sdq_export.families import family_of
-from sdq_export.inpainting import whole_mask
+from sdq_export.inpainting import with_extra
 from sdq_export.step_state import StepState
 
 __all__ = ["StepDenoiser"]
@@ -57,10 +56,7 @@ class StepDenoiser(nn.Module):
             [B, C, h, w], epsilon or velocity as the checkpoint was trained.
         """
         steps = steps.expand(latents.shape[0]) if steps.ndim == 0 else steps
-        whole = whole_mask(self.model)
-        if whole is not None:
-            extra = whole.expand(latents.shape[0], -1, -1, -1) if extra_channels is None else extra_channels
-            latents = torch.cat([latents, extra.to(latents)], dim=1)
+        latents = with_extra(self.model, latents, extra_channels)
         with self.state.during(steps):
             return self.family.predict(self.model, latents, steps, conditioning)
 

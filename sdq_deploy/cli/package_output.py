@@ -44,12 +44,21 @@ class StepBar:
             self.progress.update(self.task, completed=self.done)
 
 
+def _sizes(profile: dict[str, Any]) -> str:
+    """The image sizes of an engine that was built for others than the package's own."""
+    if not profile.get("size_min"):
+        return ""
+    low, best, high = ("{1}x{0}".format(*profile[f"size_{which}"]) for which in ("min", "opt", "max"))
+    return f", {low} pixels" if low == high else f", {low} to {high} pixels (tuned for {best})"
+
+
 def print_engine(name: str, entry: dict[str, Any]) -> None:
     """An engine's entry of the manifest: what it was built for and what its kernels compute."""
     profile, kernels = entry["profile"], entry["kernels"]
     say(
         f"[bold]{name}[/]  {entry['version']}, for {entry['target']}, "
         f"{profile['batch_min']} to {profile['batch_max']} images (tuned for {profile['batch_opt']})"
+        f"{_sizes(profile)}"
     )
     say(
         f"  built in {entry['build_seconds']:.1f} s, peak memory {megabytes(entry['peak_memory_bytes'])}, "

@@ -81,7 +81,7 @@ def test_io_binding_equals_plain_calls(package: Package) -> None:
 def nvidia(package: Package, runtime: Runtime) -> NvidiaComponent:
     passes = make("tensorrt").lowering(DENOISER, {})
     graph = apply(load_graph(package.component(DENOISER)), passes)
-    profile = shapes(graph, DENOISER, ShapeProfile(batch_max=BATCH))
+    profile = shapes(graph, DENOISER, ShapeProfile(batch_max=BATCH), package.manifest.io)
     engine = Engine(runtime, ir.to_proto(graph).SerializeToString(), profile)
     return NvidiaComponent(TRT, engine, Stream(), DENOISER, None)
 

@@ -60,6 +60,8 @@ class ModelIO(_Strict):
     """Names of the prologue's inputs: outputs of the text encoders, and `time_ids` where the model is told the size."""
     force_zeros_for_empty_prompt: bool = False
     """Without a negative prompt the unconditional half sees zeros in place of the empty prompt's embeddings (SDXL)."""
+    size_multiple: int | None = Field(default=None, ge=1)
+    """The graphs take any height and width in pixels that are multiples of this; none: `image_size` alone."""
     extra_channels: int = Field(default=0, ge=0)
     """Channels that an inpainting denoiser takes beside the latents: 1 of the mask, then C of the masked image."""
 
@@ -111,12 +113,31 @@ class SourceInfo(_Strict):
     """What was changed, in a sentence, as most model licences ask."""
 
 
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
 class ShapeProfile(_Strict):
-    """Images per call for which an engine is built."""
+    """Images per call, and their sizes, for which an engine is built."""
 
     batch_min: int = Field(default=1, ge=1)
     batch_opt: int = Field(default=1, ge=1)
     batch_max: int = Field(default=4, ge=1)
+    size_min: Size | None = None
+    """Least height and least width; the three sizes are given together, none is the package's `image_size` alone."""
+    size_opt: Size | None = None
+    size_max: Size | None = None
+
+    def sizes(self, io: ModelIO) -> tuple[Size, Size, Size]:
+        """The least, the one that it is tuned for, and the most."""
+        if self.size_min is None or self.size_opt is None or self.size_max is None:
+            return io.image_size, io.image_size, io.image_size
+        return self.size_min, self.size_opt, self.size_max
+
+    def takes(self, size: Size, io: ModelIO) -> bool:
+        """Whether images of this size may be asked for."""
+        low, _, high = self.sizes(io)
+        return all(a <= n <= b for a, n, b in zip(low, size, high, strict=True))
 
 
 class KernelCounts(_Strict):

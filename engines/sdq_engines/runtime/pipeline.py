@@ -18,6 +18,7 @@ from sdq_engines.backends.base import Arrays, Session
 from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER, VAE_ENCODER
+from sdq_engines.package.schema import Size
 from sdq_engines.package.store import Package, Verify, open_package
 from sdq_engines.runtime.beginning import (
     Beginning,
@@ -40,6 +41,7 @@ from sdq_engines.runtime.requests import (
     refuse_others,
 )
 from sdq_engines.runtime.sampler import SamplerTables
+from sdq_engines.sizes import requested_size, source_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,6 +118,8 @@ class Pipeline:
         image: Pictured | Sequence[Pictured] | None = None,
         mask_image: Pictured | Sequence[Pictured] | None = None,
         strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
         scheduler: str | None = None,
         original_size: tuple[int, int] | None = None,
@@ -136,9 +140,10 @@ class Pipeline:
                 of uint8, or a file's path; resized to the package's size, with a warning, where it has another.
             mask_image: paints only where this is white, keeps the rest of `image`; an array is [H, W] of uint8 or bool.
             strength: how much of `image` to repaint, above 0 to 1; by default 0.8, with a mask 1, as in diffusers.
+            height, width: in pixels, within what the engine was built for; by default the package's own.
             num_inference_steps, scheduler: the package's, or nothing.
             original_size, crops_coords_top_left, target_size: what Stable Diffusion XL is told of the image's origin,
-                (height, width) in pixels; by default an uncropped image of the package's size.
+                (height, width) in pixels; by default an uncropped image of the size that is made.
             callback: hears a `StepEvent` after each step.
             others: arguments of diffusers' pipelines; each is refused with the reason.
 
@@ -148,15 +153,16 @@ class Pipeline:
         refuse_others(others)
         check_sampler(self.manifest, num_inference_steps, scheduler)
         requests = plan_images(prompt, negative_prompt, seed, num_images_per_prompt)
+        size = requested_size(self.package, self.engine, self.session.entry.profile, height, width)
         strength = check_originals(self.manifest, image, mask_image, strength)
         begin = (
-            self._from_noise()
+            self._from_noise(size)
             if strength is None
-            else self._from_originals(image, mask_image, strength, 1 + requests[-1].prompt_index)
+            else self._from_originals(image, mask_image, strength, 1 + requests[-1].prompt_index, size)
         )
         guidance = self.manifest.sampler.guidance_scale if guidance_scale is None else float(guidance_scale)
-        size = check_size(self.prompts.takes_size, original_size, crops_coords_top_left, target_size)
-        prompts = self._conditioning(requests, guidance, size)
+        told = check_size(self.prompts.takes_size, size, original_size, crops_coords_top_left, target_size)
+        prompts = self._conditioning(requests, guidance, told)
         latents, images, loops = [], [], []
         most = self.session.entry.profile.batch_max
         for start in range(0, len(requests), most):
@@ -204,14 +210,21 @@ class Pipeline:
         shape = beginning.latents.shape[1:]
         return denoise(stepper, len(rows), shape, batch, drawn, callback, beginning.call, beginning.blend)
 
-    def _from_noise(self) -> Begin:
+    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of images of this size, (height, width); by default of the size that a plain call makes."""
+        size = size or requested_size(self.package, self.engine, self.session.entry.profile, None, None)
+        channels, height, _ = self.manifest.io.latent_shape
+        factor = self.manifest.io.image_size[0] // height
+        return channels, size[0] // factor, size[1] // factor
+
+    def _from_noise(self, size: Size) -> Begin:
         """Without an image an inpainting denoiser paints the whole of a grey one."""
         grey = None
         if self.manifest.io.extra_channels:
-            grey = self.encode_image(np.zeros((3, *self.manifest.io.image_size), np.float32)).mean
-        return lambda _, streams: begin_from_noise(self._tables, streams, self.manifest.io.latent_shape, grey)
+            grey = self.encode_image(np.zeros((3, *size), np.float32)).mean
+        return lambda _, streams: begin_from_noise(self._tables, streams, self.latent_shape(size), grey)
 
-    def _from_originals(self, image: Any, mask_image: Any, strength: float, prompts: int) -> Begin:
+    def _from_originals(self, image: Any, mask_image: Any, strength: float, prompts: int, size: Size) -> Begin:
         """Every different image of the call is encoded once, before the first batch."""
         call = first_call(self.manifest.sampler, strength)
         pairs = zip(one_each(image, prompts, "image"), one_each(mask_image, prompts, "mask_image"), strict=True)
@@ -220,7 +233,7 @@ class Pipeline:
         for pictured, mask in pairs:
             key = (id(pictured), id(mask))
             if key not in made:
-                made[key] = self._original(pictured, mask)
+                made[key] = self._original(pictured, mask, size)
             originals.append(made[key])
 
         def begin(requests: Sequence[ImageRequest], streams: Sequence[NoiseStream]) -> Beginning:
@@ -229,14 +242,13 @@ class Pipeline:
 
         return begin
 
-    def _original(self, pictured: Pictured, mask_image: Pictured | None) -> Original:
-        size = self.manifest.io.image_size
+    def _original(self, pictured: Pictured, mask_image: Pictured | None, size: Size) -> Original:
         image = pixels(open_picture(pictured, "image"), size)
         if mask_image is None:
             return Original(self.encode_image(image))
         mask = mask_pixels(open_picture(mask_image, "mask_image"), size)
         masked = self.encode_image(image * (mask < 0.5)) if self.manifest.io.extra_channels else None
-        factor = size[0] // self.manifest.io.latent_shape[1]
+        factor = size[0] // self.latent_shape(size)[1]
         return Original(self.encode_image(image), mask[:, ::factor, ::factor], masked)
 
     def encode_image(self, image: np.ndarray) -> Moments:
@@ -253,10 +265,9 @@ class Pipeline:
     def _require_encoder(self) -> None:
         folder = self.package.folder
         if VAE_ENCODER not in self.manifest.components:
-            what = "RUN" if self.manifest.precision.startswith("w") else self.manifest.source.model
             raise SdqError(
                 f"The package at {folder} has no VAE encoder, so it cannot start from an image.",
-                f"Export it again: sdq-deploy export {what} --out {folder}",
+                f"Export it again: sdq-deploy export {source_of(self.manifest)} --out {folder}",
             )
         if VAE_ENCODER not in self.session.entry.components:
             raise SdqError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdq_engines.errors import SdqError
-from sdq_engines.package.schema import Manifest
+from sdq_engines.package.schema import Manifest, Size
 from sdq_engines.runtime.prompts import ImageSize
 
 __all__ = ["ImageRequest", "check_originals", "check_sampler", "check_size", "plan_images", "refuse_others"]
@@ -22,8 +22,6 @@ _REFUSED = {
     "eta": "the sampler's noise is compiled into the package",
     "timesteps": "the timesteps are compiled into the package",
     "sigmas": "the sigmas are compiled into the package",
-    "height": "the image size is compiled into the package",
-    "width": "the image size is compiled into the package",
     "clip_skip": "the text encoder's output layer is compiled into the package",
     "negative_original_size": "both halves of guidance are told the same size",
     "negative_crops_coords_top_left": "both halves of guidance are told the same size",
@@ -83,11 +81,12 @@ def check_sampler(manifest: Manifest, num_inference_steps: int | None, scheduler
 
 def check_size(
     takes_size: bool,
+    size: Size,
     original_size: tuple[int, int] | None,
     crops_coords_top_left: tuple[int, int],
     target_size: tuple[int, int] | None,
 ) -> ImageSize:
-    """What the model is told of the image's size.
+    """What the model is told of the image's size: by default an uncropped image of `size`, that which is made.
 
     Raises:
         SdqError: a size for a model that takes none, or one that is not two numbers.
@@ -101,7 +100,7 @@ def check_size(
             raise SdqError(f"This package's model takes no {name}.", "Stable Diffusion XL does.")
         if len(value) != 2:
             raise SdqError(f"{name}={value!r} is not two numbers.", "Give (height, width), or (top, left) of a crop.")
-    return ImageSize(original_size, crops_coords_top_left, target_size)
+    return ImageSize(original_size or size, crops_coords_top_left, target_size or size)
 
 
 def check_originals(manifest: Manifest, image: object, mask_image: object, strength: float | None) -> float | None:

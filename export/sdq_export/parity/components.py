@@ -40,12 +40,12 @@ def check_vae_decoder(graph: ir.Model, module: nn.Module, latents: Tensor) -> Cr
     return _criterion("vae_decoder", _run(graph, {"latents": latents.numpy()}), [wanted])
 
 
-def check_vae_encoder(graph: ir.Model, module: nn.Module, images: Tensor) -> Criterion:
-    """The encoder's graph against torch, on images [n, 3, H, W] in [0, 1]; mean and standard deviation each."""
-    scaled = 2 * images - 1
+def check_vae_encoder(graph: ir.Model, module: nn.Module, decoder: nn.Module, latents: Tensor) -> Criterion:
+    """The encoder's graph against torch, mean and standard deviation each, on the images of latents [n, C, h, w]."""
     with torch.no_grad():
-        wanted = module(scaled).numpy()
-    found = _run(graph, {"images": scaled.numpy()})[0]
+        images = 2 * decoder(latents) - 1
+        wanted = module(images).numpy()
+    found = _run(graph, {"images": images.numpy()})[0]
     return _criterion("vae_encoder", np.split(found, 2, axis=1), np.split(wanted, 2, axis=1))
 
 

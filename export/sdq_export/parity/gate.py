@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sdq_engines.backends.base import Component
 from sdq_engines.package.schema import EXTRA_CHANNELS
@@ -28,6 +29,7 @@ __all__ = [
     "check_engine",
     "check_graphs",
     "compare_distances",
+    "float_distance",
 ]
 
 FLOAT_LIMIT = 1e-4
@@ -189,6 +191,19 @@ def _float_graph(
         steps=tuple(steps),
         per_step=tuple(figures),
     )
+
+
+def float_distance(
+    graphs: DenoiserGraphs, plan: SamplerPlan, samples: TeacherSamples, reference: Any, latents: Tensor, step: int,
+    extra: Tensor | None,
+) -> float:  # fmt: skip
+    """Relative distance of the graph's guided output from torch's in floating point, on latents of any size."""
+    bypassed = graphs.denoiser.clone()
+    BypassActivations()(bypassed)
+    runner = GraphRunner(bypassed, graphs.prologue, plan, samples.conditioning, extra)
+    with _quantizers_off(reference):
+        wanted = guided(reference, latents, step, samples.conditioning, samples.guidance_scale, extra).numpy()
+    return _relative(runner.output(latents, step, samples.guidance_scale), wanted)
 
 
 def _step_error(runner: GraphRunner, plan: SamplerPlan, samples: TeacherSamples, step: int, reference: Any) -> float:
