@@ -45,6 +45,7 @@ def write_checkpoint(
     dtype: torch.dtype = torch.float32,
     variant: Literal["fp16"] | None = None,
     without: Collection[str] = T5,
+    pipeline: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a whole checkpoint, one component after the other: memory holds the largest of them once, in `dtype`.
@@ -56,6 +57,7 @@ def write_checkpoint(
         dtype: of the weights.
         variant: in the files' names, as hubs have it.
         without: components that the pipeline can do without; SD3's T5 by default.
+        pipeline: diffusers' class, by default the published one; it must have the same components.
         seed: of the weights; each component has its own stream.
     """
     tree = published(family)
@@ -63,9 +65,9 @@ def write_checkpoint(
     for name, config in tree["components"].items():
         config |= (changes or {}).get(name, {})
         parts[name] = None if name in without else _component(config)
-    pipeline = getattr(diffusers, tree["pipeline"])(**parts, **tree["settings"])
-    pipeline.save_config(folder)
-    del pipeline
+    assembled = getattr(diffusers, pipeline or tree["pipeline"])(**parts, **tree["settings"])
+    assembled.save_config(folder)
+    del assembled
     for index, name in enumerate(list(parts)):
         part = parts.pop(name)
         if isinstance(part, nn.Module):

@@ -95,7 +95,7 @@ def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
 
 
 def export(model: Path, package: Path, precision: str) -> dict[str, float]:
-    """Write a package of prologue and denoiser; the seconds are those from the loaded checkpoint to the written graphs."""
+    """Write a package of prologue and denoiser; seconds from the loaded checkpoint to the written graphs."""
     source = load_source(model)
     plan = compile_sampler(source.scheduler, STEPS)
     checkpoint = quantized(source, plan, precision)
@@ -199,12 +199,12 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--stage", stage], check=True)
     found = summary(folder, arguments.family, arguments.precision)
     exported, built = found["export"], found["tensorrt-rtx"]
-    print(f"export           {exported['capture_and_passes'] + exported['writing']:6.1f} s, "
-          f"peak {exported['peak_bytes'] / 1e9:.1f} GB")  # fmt: skip
+    seconds, ratio = exported["capture_and_passes"] + exported["writing"], found["graph_bytes"] / found["fp16_bytes"]
+    print(f"export           {seconds:6.1f} s, peak {exported['peak_bytes'] / 1e9:.1f} GB")
     print(f"tensorrt-rtx     {built['build_seconds']:6.1f} s, peak {built['build_peak_bytes'] / 1e9:.1f} GB")
     print(f"INT8 x INT8      {built['int8_layers']} of {built['quantized_layers']} quantized layers")
-    print(f"graphs           {found['graph_bytes'] / 1e6:.0f} MB, {found['graph_bytes'] / found['fp16_bytes']:.3f} x "
-          f"the FP16 denoiser's {found['fp16_bytes'] / 1e6:.0f} MB; engine {built['engine_bytes'] / 1e6:.0f} MB")  # fmt: skip
+    print(f"graphs           {found['graph_bytes'] / 1e6:.0f} MB, {ratio:.3f} x the FP16 denoiser's; engine ", end="")
+    print(f"{built['engine_bytes'] / 1e6:.0f} MB, FP16 denoiser {found['fp16_bytes'] / 1e6:.0f} MB")
     versions = {"python": platform.python_version()} | tool_versions(("torch", "diffusers", "onnx-ir", "tensorrt-rtx"))
     print(" · ".join(f"{name} {value}" for name, value in versions.items()))
 

@@ -27,6 +27,7 @@ _UNET = {
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
+_NINE = {"in_channels": 9}
 _VAE = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 64}
 _TOKENIZER = {"model_max_length": MAX_LENGTH}
 _DDIM = {
@@ -53,9 +54,9 @@ _SDXL_UNET = {
 }
 
 
-def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
+def tiny_unet(seed: int = 0, in_channels: int = 4) -> UNet2DConditionModel:
     """Three levels, cross-attention in two, 8x8 latents; SD's structure in every respect but its size."""
-    unet: UNet2DConditionModel = randomize_(UNet2DConditionModel(**_UNET), seed)
+    unet: UNet2DConditionModel = randomize_(UNet2DConditionModel(**_UNET, in_channels=in_channels), seed)
     return unet
 
 
@@ -76,10 +77,11 @@ def prompt_rows(text: Tensor) -> Conditioning:
     return Conditioning({"text_embeddings": text})
 
 
-def write_tiny_sd(folder: Path, seed: int = 0) -> Path:
-    """Stable Diffusion 1, with DDIM; 8x8 latents, 64x64 pixels. Returns the folder."""
-    changes = {"unet": _UNET, "vae": _VAE, "text_encoder": _clip(WIDTH), "tokenizer": _TOKENIZER, "scheduler": _DDIM}
-    return write_checkpoint(folder, "sd14", changes, seed=seed)
+def write_tiny_sd(folder: Path, seed: int = 0, inpainting: bool = False) -> Path:
+    """Stable Diffusion 1, with DDIM; 8x8 latents, 64x64 pixels; for inpainting nine channels. Returns the folder."""
+    unet, kind = (_UNET | _NINE, "StableDiffusionInpaintPipeline") if inpainting else (_UNET, None)
+    changes = {"unet": unet, "vae": _VAE, "text_encoder": _clip(WIDTH), "tokenizer": _TOKENIZER, "scheduler": _DDIM}
+    return write_checkpoint(folder, "sd14", changes, pipeline=kind, seed=seed)
 
 
 def write_tiny_sd2(folder: Path, seed: int = 0) -> Path:
@@ -89,9 +91,14 @@ def write_tiny_sd2(folder: Path, seed: int = 0) -> Path:
     return write_checkpoint(folder, "sd21", changes, seed=seed)
 
 
-def write_tiny_sdxl(folder: Path, seed: int = 0) -> Path:
-    """Stable Diffusion XL: two text encoders with tokenizers that pad differently, a VAE that asks to be upcast."""
-    return write_checkpoint(folder, "sdxl", {"unet": _SDXL_UNET, "vae": _VAE, **_two_clips(POOLED_WIDTH)}, seed=seed)
+def write_tiny_sdxl(folder: Path, seed: int = 0, inpainting: bool = False) -> Path:
+    """Stable Diffusion XL: two text encoders with tokenizers that pad differently, a VAE that asks to be upcast.
+
+    For inpainting, a denoiser of nine channels.
+    """
+    unet, kind = (_SDXL_UNET | _NINE, "StableDiffusionXLInpaintPipeline") if inpainting else (_SDXL_UNET, None)
+    changes = {"unet": unet, "vae": _VAE, **_two_clips(POOLED_WIDTH)}
+    return write_checkpoint(folder, "sdxl", changes, pipeline=kind, seed=seed)
 
 
 def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER
+from sdq_engines.package.schema import EXTRA_CHANNELS
 from sdq_engines.runtime.pipeline import Pipeline
 
 __all__ = ["BenchReport", "Timing", "bench", "component_calls", "measure"]
@@ -111,7 +112,9 @@ def component_calls(pipeline: Pipeline, batch: int) -> dict[str, Callable[[], ob
     """One call of each component with inputs of the sizes that an image of this batch needs."""
     inputs = pipeline.prompts.encode([PROMPT])
     prompt = {name: np.repeat(value, 2 * batch, axis=0) for name, value in pipeline.prologue(inputs).items()}
-    shape = (batch, *pipeline.manifest.io.latent_shape)
+    shape = (batch, *pipeline.latent_shape())
+    if extra := pipeline.manifest.io.extra_channels:
+        prompt[EXTRA_CHANNELS] = np.zeros((batch, extra, *shape[2:]), np.float32)
     latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     coefficients = pipeline.coefficients
     stepper = pipeline.session.stepper(latents, 2.0, coefficients, prompt)

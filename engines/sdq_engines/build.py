@@ -26,6 +26,7 @@ from sdq_engines.package.layout import ENGINES, engine_folder
 from sdq_engines.package.schema import EngineEntry, KernelCounts, ShapeProfile
 from sdq_engines.package.store import Package
 from sdq_engines.process import how_it_died
+from sdq_engines.sizes import check_sizes
 
 __all__ = ["Progress", "build_engine", "choose_engine"]
 
@@ -70,7 +71,7 @@ def build_engine(
     Args:
         package: a checked package (`open_package`).
         engine: a name of `backends.registry`.
-        profile: images per call; by default one, up to four, tuned for one.
+        profile: images per call, by default one, up to four, tuned for one; and sizes, by default the package's.
         options: of the backend, e.g. {"fp32": ["vae_decoder"]}.
         on_progress: hears the component and stage.
 
@@ -88,6 +89,7 @@ def build_engine(
             f"Batch min {profile.batch_min}, opt {profile.batch_opt} and max {profile.batch_max} are not in order.",
             "Give --batch-min <= --batch-opt <= --batch-max.",
         )
+    check_sizes(package, profile)
     with _staging(package) as folder:
         job = {
             "package": str(package.folder.resolve()),

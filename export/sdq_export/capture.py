@@ -1,12 +1,14 @@
-"""Capture a torch module as an ONNX graph: `torch.onnx.export(dynamo=True)` with the batch size left free."""
+"""Capture a torch module as an ONNX graph: `torch.onnx.export(dynamo=True)`; the batch, and if asked the size, free."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -14,7 +16,7 @@ import torch
 from onnxscript import opset21 as op
 from torch import Tensor, nn
 
-__all__ = ["OPSET", "capture"]
+__all__ = ["OPSET", "FreeSize", "capture"]
 
 OPSET = 21
 """The first opset with INT4 and blocked DequantizeLinear."""
@@ -22,6 +24,21 @@ OPSET = 21
 # What a boolean attention mask adds to a score. The second is the most negative FP16 number: as far as softmax can
 # tell it is minus infinity, and an engine that computes in FP16 can hold it.
 _KEPT, _MASKED = 0.0, -65504.0
+
+
+@dataclass(frozen=True)
+class FreeSize:
+    """An input whose height and width are left free.
+
+    Attributes:
+        input: its name.
+        multiple: what both must be multiples of, so that every level of the network halves evenly.
+        names: of the two in the graph's shapes.
+    """
+
+    input: str
+    multiple: int
+    names: tuple[str, str]
 
 
 def capture(
@@ -33,6 +50,7 @@ def capture(
     batch: str = "batch",
     static: Mapping[str, Any] | None = None,
     input_names: Sequence[str] | None = None,
+    sized: FreeSize | None = None,
 ) -> ir.Model:
     """Export ``module`` as one ONNX graph of opset 21.
 
@@ -45,6 +63,7 @@ def capture(
         batch: the symbol for the batch size in every shape.
         static: further arguments that are not tensors.
         input_names: what the graph calls the inputs, those of a dict one by one; the arguments' names by default.
+        sized: leaves height and width of one input [B, C, h, w] free; the example's must differ.
 
     Returns:
         The graph; its nodes carry ``pkg.torch.onnx.name_scopes``, weights their torch names where the exporter did
@@ -54,6 +73,8 @@ def capture(
     names = list(input_names or inputs)
     shapes: dict[str, Any] = {name: _dynamic(value, name in batched) for name, value in inputs.items()}
     shapes |= dict.fromkeys(extra)
+    if sized is not None:
+        shapes[sized.input] |= {axis: sized.multiple * torch.export.Dim(f"size_{axis}", min=2) for axis in (2, 3)}
     with _quiet(), torch.no_grad():
         program = torch.export.export(module, (), kwargs={**inputs, **extra}, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(
@@ -72,7 +93,7 @@ def capture(
     model: ir.Model = exported.model
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
-    _name_batch(model, batch)
+    _name_dims(model, batch, sized)
     return model
 
 
@@ -116,15 +137,38 @@ def _einsum(equation: str, tensors: Sequence[Any], path: Sequence[int] | None = 
     return op.Einsum(*tensors, equation=equation)
 
 
-def _name_batch(model: ir.Model, batch: str) -> None:
-    """Give the exporter's one free symbol (``s53`` ...) the name of the batch; drop shapes it did not work out."""
+def _name_dims(model: ir.Model, batch: str, sized: FreeSize | None) -> None:
+    """Give the exporter's free symbols (``s53``, ``8*s16`` ...) our names; drop shapes that it did not work out."""
     graph = model.graph
-    symbols = {str(dim) for value in graph.inputs for dim in value.shape or () if not isinstance(dim, int)}
+    names: dict[str, tuple[int, str]] = {}
+    for value in graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int):
+                factor, symbol = _factor(str(dim))
+                free = sized is not None and value.name == sized.input and axis >= 2
+                names[symbol] = (factor, sized.names[axis - 2] if sized is not None and free else batch)
     for value in [*graph.inputs, *(out for node in graph for out in node.outputs)]:
         if value.shape is None:
             continue
-        dims = [dim if isinstance(dim, int) else batch if str(dim) in symbols else None for dim in value.shape]
+        dims = [dim if isinstance(dim, int) else _named(str(dim), names) for dim in value.shape]
         value.shape = None if None in dims else ir.Shape(dims)
+
+
+def _factor(expression: str) -> tuple[int, str]:
+    """``8*s16`` is 8 times ``s16``."""
+    found = re.fullmatch(r"(?:(\d+)\*)?(\w+)", expression.replace(" ", ""))
+    return (int(found[1] or 1), found[2]) if found else (1, expression)
+
+
+def _named(expression: str, names: Mapping[str, tuple[int, str]]) -> str | None:
+    """What an inner dimension is of an input's, e.g. ``height/2`` or ``8*width``; None for more than one symbol."""
+    factor, symbol = _factor(expression)
+    if symbol not in names:
+        return None
+    unit, name = names[symbol]
+    if factor % unit == 0:
+        return name if factor == unit else f"{factor // unit}*{name}"
+    return f"{name}/{unit // factor}" if unit % factor == 0 else None
 
 
 @contextlib.contextmanager

@@ -12,23 +12,32 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER
+from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER, VAE_ENCODER
 from sdq_export.capture import capture
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.denoiser import DenoiserGraphs, build_denoiser, run_passes
 from sdq_export.families.base import TextEncoder
-from sdq_export.families.vae import VaeDecoder, capture_vae_decoder
+from sdq_export.families.vae import VaeDecoder, VaeEncoder, capture_vae_decoder, capture_vae_encoder
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
 from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.reference import build_reference
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.sizes import HEIGHT, WIDTH
 from sdq_export.smoothing import smooth_, smoothed_sites
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.storage import round_weights_
 
-__all__ = ["Components", "Dtype", "make_denoiser", "make_reference", "make_text_encoder", "make_vae_decoder"]
+__all__ = [
+    "Components",
+    "Dtype",
+    "make_denoiser",
+    "make_reference",
+    "make_text_encoder",
+    "make_vae_decoder",
+    "make_vae_encoder",
+]
 
 _KEPT_BYTES = 256 << 20
 
@@ -38,21 +47,23 @@ Dtype = Literal["fp32", "fp16"]
 
 @dataclass(frozen=True)
 class Components:
-    """The graphs of a package."""
+    """The graphs of a package; an encoder is there where the package may start from images."""
 
     text_encoders: dict[str, ir.Model]
     """By component."""
     denoiser: DenoiserGraphs
     vae_decoder: ir.Model
+    vae_encoder: ir.Model | None = None
 
     def by_name(self) -> dict[str, ir.Model]:
         """Component name -> graph, in the order in which a prompt passes through them."""
-        return {
+        graphs = {
             **self.text_encoders,
             PROLOGUE: self.denoiser.prologue,
             DENOISER: self.denoiser.denoiser,
             VAE_DECODER: self.vae_decoder,
         }
+        return graphs if self.vae_encoder is None else {**graphs, VAE_ENCODER: self.vae_encoder}
 
 
 def make_reference(
@@ -72,30 +83,43 @@ def make_reference(
 
 
 def make_denoiser(
-    source: Source, plan: SamplerPlan, reference: StepDenoiser, checkpoint: QuantizedCheckpoint | None, dtype: Dtype
+    source: Source,
+    plan: SamplerPlan,
+    reference: StepDenoiser,
+    checkpoint: QuantizedCheckpoint | None,
+    dtype: Dtype,
+    free_size: bool = False,
 ) -> DenoiserGraphs:
-    """Capture the source's denoiser, give it the reference's weights, and run the passes."""
+    """Capture the source's denoiser, give it the reference's weights, and run the passes.
+
+    With `free_size` height and width of the latents are symbols.
+
+    Raises:
+        SdqError: the denoiser has an unsupported form, or is of one size and ought to be of any.
+    """
     family, shape, original = source.family, source.family.latent_shape(source), source.denoiser
+    multiple = family.latent_multiple(original) if free_size else 0
     smoothed = smoothed_sites(checkpoint.spec, checkpoint.tensors) if checkpoint else ()
 
     def capture_it() -> ir.Model:
         model = original
         if checkpoint is not None and smoothed:
             model = smooth_(copy.deepcopy(original), checkpoint.spec, checkpoint.tensors)
-        return family.capture_denoiser(model, shape, _tokens(source))
+        return family.capture_denoiser(model, shape, _tokens(source), multiple)
 
-    captured = _capture_once(source, f"{DENOISER} {smoothed}", capture_it)
+    captured = _capture_once(source, f"{DENOISER} {smoothed} {multiple}", capture_it)
     # the time path is in the denoiser alone: its tables come from the source's own weights, as in training
     tables = family.time_tables(original, torch.from_numpy(plan.timesteps))
     return build_denoiser(
         captured,
         family.cuts(tables),
         plan,
-        shape,
+        (shape[0], HEIGHT, WIDTH) if free_size else shape,
         weights={name: tensor.numpy() for name, tensor in _tensors(reference.model)},
         spec=checkpoint.spec if checkpoint else None,
         tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
         store_fp16=dtype == "fp16",
+        extra_channels=family.extra_channels(original),
     )
 
 
@@ -117,10 +141,22 @@ def make_text_encoder(source: Source, encoder: TextEncoder, dtype: Dtype) -> tup
     return _finished(captured, dtype), module
 
 
-def make_vae_decoder(source: Source, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
+def make_vae_decoder(source: Source, dtype: Dtype, free_size: bool = False) -> tuple[ir.Model, nn.Module]:
     """The decoder's graph, and the torch module that it equals."""
     module, shape = VaeDecoder(_stored(source.vae, dtype)), source.family.latent_shape(source)
-    captured = _capture_once(source, f"{VAE_DECODER} {dtype}", lambda: capture_vae_decoder(module, shape))
+    captured = _capture_once(
+        source, f"{VAE_DECODER} {dtype} {free_size}", lambda: capture_vae_decoder(module, shape, free_size)
+    )
+    return _finished(captured, dtype), module
+
+
+def make_vae_encoder(source: Source, dtype: Dtype, free_size: bool = False) -> tuple[ir.Model, nn.Module]:
+    """The encoder's graph, and the torch module that it equals."""
+    module, size = VaeEncoder(_stored(source.vae, dtype)), source.family.image_size(source)
+    multiple = source.family.pixels_per_latent(source) if free_size else 0
+    captured = _capture_once(
+        source, f"{VAE_ENCODER} {dtype} {multiple}", lambda: capture_vae_encoder(module, size, multiple)
+    )
     return _finished(captured, dtype), module
 
 

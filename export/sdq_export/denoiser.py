@@ -17,7 +17,7 @@ from sdq_export.passes.int4_weights import PackInt4Weights
 from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.qdq import QuantizeActivations
 from sdq_export.passes.quantize_weights import QuantizeWeights
-from sdq_export.passes.sampler_step import SamplerStep
+from sdq_export.passes.sampler_step import LatentShape, SamplerStep
 from sdq_export.passes.share_smoothing import ShareSmoothing
 from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.passes.timestep_scales import TimestepScales
@@ -44,12 +44,13 @@ def build_denoiser(
     captured: ir.Model,
     cuts: GraphCuts,
     plan: SamplerPlan,
-    latent_shape: tuple[int, int, int],
+    latent_shape: LatentShape,
     *,
     weights: Tensors | None = None,
     spec: QuantSpec | None = None,
     tensors: Tensors | None = None,
     store_fp16: bool = True,
+    extra_channels: int = 0,
 ) -> DenoiserGraphs:
     """Run the passes.
 
@@ -57,11 +58,12 @@ def build_denoiser(
         captured: as `Family.capture_denoiser` gives it; it is used up.
         cuts: what divides it in two, by the family.
         plan: the sampler.
-        latent_shape: C, h, w.
+        latent_shape: C, h, w; the last two are names where the size is left free.
         weights: torch parameter name -> the value to use instead of the captured one.
         spec: the sites; None leaves the denoiser in floating point.
         tensors: integers and scales of the sites, by the keys of `sdq_export.checkpoint`.
         store_fp16: store large weights as FP16 where that loses nothing.
+        extra_channels: of an inpainting denoiser.
 
     Raises:
         SdqError: the denoiser has a form that a pass does not support.
@@ -71,7 +73,7 @@ def build_denoiser(
     storage = [StoreFp16()] if store_fp16 else []
     run_passes(prologue, [*cuts.prologue, *storage, ClearNotes()])
     quantization = _quantization(spec, tensors or {}) if spec is not None else []
-    step = SamplerStep(plan.history, plan.stochastic, latent_shape)
+    step = SamplerStep(plan.history, plan.stochastic, latent_shape, extra_channels)
     run_passes(
         captured,
         [

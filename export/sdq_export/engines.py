@@ -24,13 +24,14 @@ def check_built_engine(package: Package, engine: str, result: ExportResult) -> t
         result: the export that wrote the package.
 
     Returns:
-        The package and the criterion; None where this machine cannot run the engine.
+        The package and the criterion; None where this machine cannot run the engine, or it is for other sizes only.
 
     Raises:
         SdqError: the engine is too far from the teacher. The package is then without it.
     """
-    chosen = backend(engine)
-    if not chosen.available().works:
+    chosen, io = backend(engine), package.manifest.io
+    # the teacher's samples are of the package's own size
+    if not chosen.available().works or not package.engine(engine).profile.takes(io.image_size, io):
         return package, None
     session = chosen.load(package, package.engine(engine), {})
     criterion = _measure(session, engine, result)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import sha256_file
+from sdq_export.inpainting import remember_whole_mask
 from sdq_export.quantspec import QuantSpec
 from sdq_export.shortcuts import split_shortcuts
 
@@ -72,6 +73,8 @@ class Source:
             library, _, kind = self.family.parts[name].rpartition(".")
             loader = getattr(importlib.import_module(library), kind)
             self._parts[name] = self._model(loader, name) if name in self.weighted_parts else self._plain(loader, name)
+            if name == self.family.denoiser and self.family.extra_channels(self._parts[name]):
+                remember_whole_mask(self._parts[name], self.vae)
         return self._parts[name]
 
     def with_split_shortcuts(self) -> Source:
@@ -187,7 +190,7 @@ def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
 
     family = family_of_checkpoint(folder, index)
     if family is None:
-        known = ", ".join(dict.fromkeys(each.pipeline for each in FAMILIES))
+        known = ", ".join(dict.fromkeys(name for each in FAMILIES for name in each.pipelines))
         raise SdqError(
             f"{model} is a {index.get('_class_name')}; supported are checkpoints of {known}.", "See docs/families.md."
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdq_export.conditioning import Conditioning
 from sdq_export.families import family_of
+from sdq_export.inpainting import with_extra
 from sdq_export.step_state import StepState
 
 __all__ = ["StepDenoiser"]
@@ -39,18 +40,23 @@ class StepDenoiser(nn.Module):
         self.model: Any = model
         self.num_steps = len(timesteps)
 
-    def forward(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(
+        self, latents: Tensor, steps: Tensor, conditioning: Conditioning, extra_channels: Tensor | None = None
+    ) -> Tensor:
         """Predict the model output.
 
         Args:
             latents: [B, C, h, w], scaled as the scheduler wants its model input.
             steps: int64 [B] (or a scalar for the whole batch), index of the model call in 0..T-1.
             conditioning: of B prompts.
+            extra_channels: [B, 1 + C, h, w], mask and masked image of an inpainting denoiser; without them the whole
+                image is masked, which is what training and evaluation see (docs/quantization.md, "Inpainting").
 
         Returns:
             [B, C, h, w], epsilon or velocity as the checkpoint was trained.
         """
         steps = steps.expand(latents.shape[0]) if steps.ndim == 0 else steps
+        latents = with_extra(self.model, latents, extra_channels)
         with self.state.during(steps):
             return self.family.predict(self.model, latents, steps, conditioning)
 

@@ -23,9 +23,18 @@ from sdq_engines.package.paths import is_inside
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
 from sdq_engines.package.store import Package, read_manifest
 from sdq_export.checkpoint import QuantizedCheckpoint
-from sdq_export.components import Components, Dtype, make_denoiser, make_reference, make_text_encoder, make_vae_decoder
+from sdq_export.components import (
+    Components,
+    Dtype,
+    make_denoiser,
+    make_reference,
+    make_text_encoder,
+    make_vae_decoder,
+    make_vae_encoder,
+)
 from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
-from sdq_export.parity.components import check_text_encoder, check_vae_decoder
+from sdq_export.parity.components import check_text_encoder, check_vae_decoder, check_vae_encoder
+from sdq_export.parity.other_size import check_other_size
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import notice, source_info, tool_versions
@@ -64,6 +73,8 @@ def export_package(
     checkpoint: QuantizedCheckpoint | None = None,
     dtype: Dtype = "fp16",
     prompts: Sequence[str] = PARITY_PROMPTS,
+    vae_encoder: bool = True,
+    dynamic_size: bool = False,
     on_stage: OnStage = lambda name, done, total: None,
 ) -> ExportResult:
     """Export a model, quantized or not, as a package without engines.
@@ -76,6 +87,8 @@ def export_package(
         checkpoint: the quantized denoiser; None exports the source in floating point.
         dtype: how floating-point weights are stored.
         prompts: for the parity samples.
+        vae_encoder: whether the package may start from images.
+        dynamic_size: leave height and width free in the graphs, for engines of other sizes.
         on_stage: hears what is being done.
 
     Raises:
@@ -85,12 +98,29 @@ def export_package(
     source = source.for_spec(checkpoint.spec if checkpoint else None)
     with _claimed(out) as folder:
         source.family.check_source(source)
-        components, report, samples = _make(source, plan, guidance_scale, checkpoint, dtype, prompts, on_stage)
+        _check_encoder(source, vae_encoder)
+        multiple = _size_multiple(source) if dynamic_size else None
+        components, report, samples = _make(
+            source, plan, guidance_scale, checkpoint, dtype, prompts, vae_encoder, dynamic_size, on_stage
+        )
         report.require()
         on_stage("writing", 0, 0)
-        manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report)
+        manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report, multiple)
         package = _write(folder, source, plan, components, manifest)
     return ExportResult(package, report, plan, samples)
+
+
+def _check_encoder(source: Source, vae_encoder: bool) -> None:
+    if source.family.extra_channels(source.denoiser) and not vae_encoder:
+        raise SdqError(
+            "An inpainting model needs its VAE encoder: it takes the masked image's latents.",
+            "Leave --no-vae-encoder out.",
+        )
+
+
+def _size_multiple(source: Source) -> int:
+    """In pixels."""
+    return source.family.latent_multiple(source.denoiser) * source.family.pixels_per_latent(source)
 
 
 def _check_match(source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint | None) -> None:
@@ -131,6 +161,8 @@ def _make(
     checkpoint: QuantizedCheckpoint | None,
     dtype: Dtype,
     prompts: Sequence[str],
+    vae_encoder: bool,
+    dynamic_size: bool,
     on_stage: OnStage,
 ) -> tuple[Components, ParityReport, TeacherSamples]:
     """Every graph and its parity."""
@@ -146,7 +178,7 @@ def _make(
     steps = _parity_steps(plan.calls, (time.perf_counter() - started) / plan.calls)
     on_stage("capturing the denoiser", 0, 0)
     reference = make_reference(source, plan, checkpoint, dtype)
-    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype)
+    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype, dynamic_size)
     report = check_graphs(
         denoiser,
         plan,
@@ -158,16 +190,25 @@ def _make(
     )
     others = []
     text_encoders = {}
-    for encoder in source.family.text_encoders:
-        on_stage(f"capturing the {encoder.component.replace('_', ' ')}", 0, 0)
-        graph, module = make_text_encoder(source, encoder, dtype)
-        others.append(check_text_encoder(graph, module, source, encoder, prompts))
-        text_encoders[encoder.component] = graph
+    for text_encoder in source.family.text_encoders:
+        on_stage(f"capturing the {text_encoder.component.replace('_', ' ')}", 0, 0)
+        graph, module = make_text_encoder(source, text_encoder, dtype)
+        others.append(check_text_encoder(graph, module, source, text_encoder, prompts))
+        text_encoders[text_encoder.component] = graph
     on_stage("capturing the VAE decoder", 0, 0)
-    vae_decoder, module = make_vae_decoder(source, dtype)
-    others.append(check_vae_decoder(vae_decoder, module, samples.model_inputs[-1][:1]))
+    decoder = make_vae_decoder(source, dtype, dynamic_size)
+    latents = samples.model_inputs[-1][:1]
+    others.append(check_vae_decoder(*decoder, latents))
+    encoder = None
+    if vae_encoder:
+        on_stage("capturing the VAE encoder", 0, 0)
+        encoder = make_vae_encoder(source, dtype, dynamic_size)
+        others.append(check_vae_encoder(*encoder, decoder[1], latents))
+    if dynamic_size:
+        on_stage("parity, another size", 0, 0)
+        others += check_other_size(denoiser, decoder, encoder, plan, samples, reference)
     report = ParityReport(criteria=(*report.criteria, *others))
-    return Components(text_encoders, denoiser, vae_decoder), report, samples
+    return Components(text_encoders, denoiser, decoder[0], encoder[0] if encoder else None), report, samples
 
 
 def _parity_steps(calls: int, seconds_per_call: float) -> list[int]:
@@ -186,6 +227,7 @@ def _manifest(
     dtype: Dtype,
     components: Components,
     report: ParityReport,
+    size_multiple: int | None,
 ) -> Manifest:
     family = source.family
     return Manifest(
@@ -198,6 +240,8 @@ def _manifest(
             prologue_inputs=[value.name or "" for value in components.denoiser.prologue.graph.inputs],
             prologue_outputs=prologue_names(components.denoiser.prologue),
             force_zeros_for_empty_prompt=family.zeros_for_no_prompt(source),
+            size_multiple=size_multiple,
+            extra_channels=family.extra_channels(source.denoiser),
         ),
         text=[text_info(source, encoder) for encoder in family.text_encoders],
         sampler=SamplerInfo(
@@ -209,10 +253,11 @@ def _manifest(
             history=plan.history,
             stochastic=plan.stochastic,
             guidance_scale=guidance_scale,
+            order=plan.order,
         ),
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in components.by_name()},
-        full_precision=list(family.full_precision(source)),
+        full_precision=[name for name in family.full_precision(source) if name in components.by_name()],
         tools=tool_versions(),
         files={},
         fidelity={"parity": report.to_manifest()},

@@ -23,24 +23,27 @@ def time_eager(model: str, manifest: Manifest, batch: int, runs: int) -> dict[st
     import diffusers
     import torch
 
+    from sdq_export.inpainting import with_extra
     from sdq_export.source import load_source
 
     source = load_source(resolve_model(model))
+    family, denoiser = source.family, source.denoiser
     scheduler = getattr(diffusers, manifest.sampler.scheduler).from_config(manifest.sampler.config)
-    pipeline = source.pipeline(scheduler)
-    family = source.family
-    latents, timestep = torch.randn(2 * batch, *manifest.io.latent_shape), torch.tensor(500.0)
-    prompts = family.encode_prompts(source, [PROMPT]).expand(2 * batch)
+    pipeline = source.pipeline(scheduler, family.inpainting_pipeline if manifest.io.extra_channels else None)
+    latents = with_extra(denoiser, torch.randn(2 * batch, *manifest.io.latent_shape))
+    prompts, timestep = family.encode_prompts(source, [PROMPT]).expand(2 * batch), torch.tensor(500.0)
     with torch.inference_mode():
-        step = measure(lambda: family.predict(source.denoiser, latents, timestep, prompts), runs)
+        step = measure(lambda: family.predict(denoiser, latents, timestep, prompts), runs)
         whole = measure(lambda: _images(pipeline, manifest, batch), max(3, runs // 2), warm_up=1)
     return {"denoiser": step, "end_to_end": whole}
 
 
 def _images(pipeline: Any, manifest: Manifest, batch: int) -> Any:
     import torch
+    from PIL import Image
 
-    sampler = manifest.sampler
+    sampler, size = manifest.sampler, manifest.io.image_size[::-1]
+    painted = {"image": Image.new("RGB", size, "grey"), "mask_image": Image.new("L", size, 255)}
     return pipeline(
         PROMPT,
         num_images_per_prompt=batch,
@@ -49,4 +52,5 @@ def _images(pipeline: Any, manifest: Manifest, batch: int) -> Any:
         height=manifest.io.image_size[0],
         width=manifest.io.image_size[1],
         generator=[torch.Generator().manual_seed(i) for i in range(batch)],
+        **(painted if manifest.io.extra_channels else {}),
     )

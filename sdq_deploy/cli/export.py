@@ -65,6 +65,20 @@ def export(
         float | None, typer.Option(help="The package's default; the run's, or a MODEL's own pipeline's.")
     ] = None,
     batch: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="Images per call of the engines.")] = "1,1,4",
+    vae_encoder: Annotated[
+        bool,
+        typer.Option("--vae-encoder/--no-vae-encoder", help="Whether the package may start from images (run --image)."),
+    ] = True,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Leave height and width free, for engines of other sizes (--size).")
+    ] = False,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT",
+            help="Of the engines, with --dynamic-size. Repeatable: from the least to the most, tuned for the first.",
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a MODEL on the hub.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -74,9 +88,12 @@ def export(
     """
     from sdq_engines.backends.registry import check_engine_name
     from sdq_engines.build import choose_engine
+    from sdq_engines.sizes import parse_size, profile_of_sizes
 
     stored = _dtype(dtype)
-    profile = _profile(batch)
+    profile = profile_of_sizes(_profile(batch), [parse_size(text) for text in size or []])
+    if size and not dynamic_size:
+        raise SdqError("--size needs graphs whose size is free.", "Add --dynamic-size.")
     for name in engine or []:
         check_engine_name(name)
     engines = list(dict.fromkeys(choose_engine(name) for name in engine or []))
@@ -100,6 +117,8 @@ def export(
             job.guidance_scale if guidance_scale is None else guidance_scale,
             checkpoint=job.checkpoint,
             dtype=stored,
+            vae_encoder=vae_encoder,
+            dynamic_size=dynamic_size,
             on_stage=on_stage,
         )
     if not json:
@@ -242,7 +261,11 @@ def _build(result: ExportResult, package: Package, engine: str, profile: ShapePr
         package, criterion = check_built_engine(package, engine, result)
     if not quiet:
         entry = package.manifest.engines[engine]
-        proof = f"parity {criterion.overall:.3f} (at most {criterion.limit})" if criterion else "does not run here"
+        proof = (
+            f"parity {criterion.overall:.3f} (at most {criterion.limit})"
+            if criterion
+            else "parity not measured: it does not run here"
+        )
         console.print(f"{engine}  {entry.version}, built in {entry.build_seconds:.1f} s, {proof}", soft_wrap=True)
     return package
 

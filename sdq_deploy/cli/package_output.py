@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sdq_deploy.cli.shared import console, new_progress
 
 if TYPE_CHECKING:
+    from sdq_engines.runtime.loop import StepEvent
     from sdq_engines.runtime.pipeline import Pipeline
 
 __all__ = ["StepBar", "megabytes", "milliseconds", "print_bench", "print_engine", "print_parity", "say"]
@@ -22,8 +23,7 @@ class StepBar:
     """A bar over the denoising steps of all batches, shown once they have taken a second."""
 
     def __init__(self, pipeline: Pipeline, images: int) -> None:
-        batches = -(-images // pipeline.session.entry.profile.batch_max)
-        self.total = batches * pipeline.manifest.sampler.num_calls
+        self.batches = -(-images // pipeline.session.entry.profile.batch_max)
         self.done, self.started = 0, time.monotonic()
         self.progress: Any = None
 
@@ -34,14 +34,22 @@ class StepBar:
         if self.progress is not None:
             self.progress.stop()
 
-    def __call__(self, event: object) -> None:
+    def __call__(self, event: StepEvent) -> None:
         self.done += 1
         if self.progress is None and time.monotonic() - self.started > 1:
             self.progress = new_progress()
             self.progress.start()
-            self.task = self.progress.add_task("denoising", total=self.total)
+            self.task = self.progress.add_task("denoising", total=self.batches * event.num_steps)
         if self.progress is not None:
             self.progress.update(self.task, completed=self.done)
+
+
+def _sizes(profile: dict[str, Any]) -> str:
+    """The image sizes of an engine that was built for others than the package's own."""
+    if not profile.get("size_min"):
+        return ""
+    low, best, high = ("{1}x{0}".format(*profile[f"size_{which}"]) for which in ("min", "opt", "max"))
+    return f", {low} pixels" if low == high else f", {low} to {high} pixels (tuned for {best})"
 
 
 def print_engine(name: str, entry: dict[str, Any]) -> None:
@@ -50,6 +58,7 @@ def print_engine(name: str, entry: dict[str, Any]) -> None:
     say(
         f"[bold]{name}[/]  {entry['version']}, for {entry['target']}, "
         f"{profile['batch_min']} to {profile['batch_max']} images (tuned for {profile['batch_opt']})"
+        f"{_sizes(profile)}"
     )
     say(
         f"  built in {entry['build_seconds']:.1f} s, peak memory {megabytes(entry['peak_memory_bytes'])}, "

@@ -50,6 +50,19 @@ def run(
     negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="The package's own if not given.")] = None,
     num_images_per_prompt: Annotated[int, typer.Option("--num-images-per-prompt", "-n", min=1)] = 1,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from this image instead of noise.", show_default=False)
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Paint only where this image is white; with --image.", show_default=False),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How much of --image to repaint, above 0 to 1; 0.8 if not given, with --mask 1."),
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, as the engine was built for.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, as the engine was built for.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Only the package's own is taken.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Only the package's own is taken.")] = None,
     verify: Annotated[str, typer.Option(help="full: hash every file; cached: those changed since then.")] = "cached",
@@ -58,6 +71,8 @@ def run(
     """Make images with a package.
 
     Example: sdq-deploy run package "a red circle on a blue background" --seed 7 --out image.png
+
+    From an image: sdq-deploy run package "a red circle" --image photo.png --strength 0.6 [--mask mask.png]
     """
     from sdq_engines.runtime.pipeline import Pipeline
 
@@ -72,6 +87,11 @@ def run(
             seed=seed,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
+            image=image,
+            mask_image=mask,
+            strength=strength,
+            height=height,
+            width=width,
             num_inference_steps=num_inference_steps,
             scheduler=scheduler,
             callback=bar,
@@ -94,6 +114,14 @@ def build(
     batch_min: Annotated[int, typer.Option(min=1, help="Fewest images per call.")] = 1,
     batch_opt: Annotated[int, typer.Option(min=1, help="Images per call that it is tuned for.")] = 1,
     batch_max: Annotated[int, typer.Option(min=1, help="Most images per call.")] = 4,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT",
+            help="Repeatable: every size from the least to the most of these, tuned for the first. "
+            "The package's own if not given; others need an export with --dynamic-size.",
+        ),
+    ] = None,
     fp32: Annotated[
         list[str] | None,
         typer.Option("--fp32", help="A component that NVIDIA engines compute in FP32, e.g. vae_decoder."),
@@ -102,12 +130,13 @@ def build(
 ) -> None:
     """Add engines to a package. Needs no torch, so it runs on the machine that will use them.
 
-    Example: sdq-deploy build package --engine tensorrt-rtx --batch-max 4
+    Example: sdq-deploy build package --engine tensorrt-rtx --batch-max 4 --size 512x512 --size 768x512
     """
     from sdq_engines.backends.registry import check_engine_name
     from sdq_engines.build import choose_engine
     from sdq_engines.package.schema import ShapeProfile
     from sdq_engines.package.store import open_package
+    from sdq_engines.sizes import parse_size, profile_of_sizes
 
     for name in engine:
         check_engine_name(name)
@@ -115,6 +144,7 @@ def build(
     checked = open_package(package)
     _check_components(fp32 or [], list(checked.manifest.components))
     profile = ShapeProfile(batch_min=batch_min, batch_opt=batch_opt, batch_max=batch_max)
+    profile = profile_of_sizes(profile, [parse_size(text) for text in size or []])
     options = {"fp32": fp32} if fp32 else {}
     for name in names:
         checked = _build_one(checked, name, profile, options)

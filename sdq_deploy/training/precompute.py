@@ -11,6 +11,7 @@ from sdq_deploy.training.dataset import load_split
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write
 from sdq_export.conditioning import Conditioning
+from sdq_export.inpainting import with_extra
 
 __all__ = ["precompute", "table_error"]
 
@@ -56,4 +57,5 @@ def table_error(context: TrainingContext) -> float:
 
 def _original(context: TrainingContext, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     denoiser, device = context.source.denoiser.to(context.device), context.device
-    return context.source.family.predict(denoiser, latents.to(device), timesteps.to(device), conditioning).cpu()
+    given = with_extra(denoiser, latents.to(device))
+    return context.source.family.predict(denoiser, given, timesteps.to(device), conditioning).cpu()

@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from sdq_engines.package.layout import COMPONENTS, VAE_ENCODER
+
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0"
 KEY, VALUE = f"{ATTENTION}.attn2.key", f"{ATTENTION}.attn2.value"
@@ -35,6 +37,11 @@ class TinyShape:
     groups: int = 4
     block: int = 16
     seed: int = 0
+    encoder: bool = False
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (*COMPONENTS, VAE_ENCODER) if self.encoder else COMPONENTS
 
     @property
     def slots(self) -> int:
@@ -200,6 +207,18 @@ def vae_decoder(shape: TinyShape) -> onnx.ModelProto:
     return g.model("vae_decoder", [latents], [value("images", FLOAT, ["batch", 3, size, size])])
 
 
+def vae_encoder(shape: TinyShape) -> onnx.ModelProto:
+    """images in [-1, 1] -> means, then standard deviations, of latents an eighth as large."""
+    g = Graph(shape.seed + 4)
+    patches = {"kernel_shape": [8, 8], "strides": [8, 8]}
+    mean = g.node("Conv", ["images", g.weight("mean.weight", 4, 3, 8, 8)], "mean", **patches)
+    spread = g.node("Conv", ["images", g.weight("std.weight", 4, 3, 8, 8)], "spread", **patches)
+    g.node("Concat", [mean, g.node("Sigmoid", [spread], "std")], "latent_moments", axis=1)
+    size = 8 * shape.latent
+    images = value("images", FLOAT, ["batch", 3, size, size])
+    return g.model("vae_encoder", [images], [value("latent_moments", FLOAT, ["batch", 8, shape.latent, shape.latent])])
+
+
 def _attention(g: Graph, name: str, q: str, k: str, v: str, width: int) -> str:
     scaled = g.node("Mul", [q, g.const(f"{name}/root", np.float32(width**-0.5))], f"{name}/scaled")
     scores = g.node("MatMul", [scaled, g.node("Transpose", [k], f"{name}/kt", perm=[0, 2, 1])], f"{name}/scores")
@@ -310,5 +329,11 @@ def _denoiser_io(shape: TinyShape) -> tuple[list[onnx.ValueInfoProto], list[onnx
 
 def component(name: str, shape: TinyShape) -> onnx.ModelProto:
     """The component's canonical graph by its name in the package."""
-    makers = {"text_encoder": text_encoder, "prologue": prologue, "denoiser": denoiser, "vae_decoder": vae_decoder}
+    makers = {
+        "text_encoder": text_encoder,
+        "prologue": prologue,
+        "denoiser": denoiser,
+        "vae_decoder": vae_decoder,
+        "vae_encoder": vae_encoder,
+    }
     return makers[name](shape)

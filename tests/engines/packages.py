@@ -9,7 +9,7 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from sdq_engines.package.editor import PackageEditor
-from sdq_engines.package.layout import COMPONENTS, LICENSE, SAMPLER, TOKENIZER, model_file
+from sdq_engines.package.layout import LICENSE, SAMPLER, TOKENIZER, model_file
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo, SourceInfo, TextInfo
 from sdq_engines.package.store import Package
 from tests.engines.graphs import KEY, VALUE, TinyShape, component
@@ -29,10 +29,10 @@ def tokenizer() -> Tokenizer:
 
 
 def sampler_tables(shape: TinyShape) -> dict[str, np.ndarray]:
-    """Coefficients of a made-up linear sampler that uses every slot: [1, T, R], and what goes with them."""
+    """Coefficients of a made-up linear sampler that uses every slot: [T, T, R], and what goes with them."""
     random = np.random.default_rng(shape.seed + 9)
     s = shape.slots
-    rows = np.zeros((1, shape.steps, shape.row), np.float32)
+    rows = np.zeros((shape.steps, shape.steps, shape.row), np.float32)
     for step in range(shape.steps):
         m = np.zeros((s, s), np.float32)
         m[0, 0] = 0.9
@@ -40,12 +40,15 @@ def sampler_tables(shape: TinyShape) -> dict[str, np.ndarray]:
         n = np.concatenate([[-0.3 - 0.05 * step], 0.1 * np.ones(s - 1)])
         cn = np.concatenate([[0.2 if shape.stochastic else 0.0], np.zeros(s - 1)])
         u = np.concatenate([[1.0], 0.05 * random.standard_normal(s - 1)])
-        rows[0, step] = np.concatenate([m.ravel(), n, cn, u])
+        for start in range(step + 1):  # a run that begins later damps the model's output, as multistep samplers do
+            rows[start, step] = np.concatenate([m.ravel(), n / (1 + 0.1 * start), cn, u])
     return {
         "coefficients": rows,
         "timesteps": np.linspace(999, 0, shape.steps, dtype=np.float32),
-        "init_noise_sigma": np.ones(1, np.float32),
-        "noising": np.array([[0.5, 0.9]], np.float32),
+        "init_noise_sigma": np.ones(shape.steps, np.float32),
+        "noising": np.stack([np.linspace(0.5, 0.9, shape.steps), np.linspace(0.9, 0.2, shape.steps)], axis=1).astype(
+            np.float32
+        ),
     }
 
 
@@ -76,7 +79,7 @@ def manifest(shape: TinyShape) -> Manifest:
         text=[text],
         sampler=sampler,
         source=SourceInfo(model="hand-made", revision=None, sha256="0" * 64, license="CC0", changes="None."),
-        components={name: model_file(name) for name in COMPONENTS},
+        components={name: model_file(name) for name in shape.components},
         tools={},
         files={},
     )
@@ -85,7 +88,7 @@ def manifest(shape: TinyShape) -> Manifest:
 def make_package(folder: Path, shape: TinyShape) -> Package:
     """Write the package of this shape, without engines."""
     editor = PackageEditor.create(folder)
-    for name in COMPONENTS:
+    for name in shape.components:
         editor.add_bytes(model_file(name), component(name, shape).SerializeToString())
     editor.add_bytes(TOKENIZER, tokenizer().to_str().encode())
     editor.add_bytes(SAMPLER, save(sampler_tables(shape)))

@@ -81,7 +81,7 @@ def test_io_binding_equals_plain_calls(package: Package) -> None:
 def nvidia(package: Package, runtime: Runtime) -> NvidiaComponent:
     passes = make("tensorrt").lowering(DENOISER, {})
     graph = apply(load_graph(package.component(DENOISER)), passes)
-    profile = shapes(graph, DENOISER, ShapeProfile(batch_max=BATCH))
+    profile = shapes(graph, DENOISER, ShapeProfile(batch_max=BATCH), package.manifest.io)
     engine = Engine(runtime, ir.to_proto(graph).SerializeToString(), profile)
     return NvidiaComponent(TRT, engine, Stream(), DENOISER, None)
 
@@ -96,6 +96,39 @@ def test_a_captured_step_serves_every_step_and_every_run(package: Package, runti
             assert ours.dtype == np.float32
     assert runtime.launches == 2 * package.manifest.sampler.num_calls
     assert component.dtype(KEY) == np.float16
+
+
+def test_latents_can_be_replaced_between_steps(package: Package, runtime: Runtime) -> None:
+    """As inpainting does; the history stays."""
+    component = OnnxRuntimeComponent(open_session(package.component(DENOISER)), "cpu")
+    latents, guidance, rows, prompt = start(package)
+    steppers: list[Stepper] = [
+        HostStepper(component, package.manifest, latents, guidance, rows, prompt),
+        DeviceStepper(component, package, latents, guidance, rows, prompt),
+        NvidiaStepper(nvidia(package, runtime), latents, guidance, rows, prompt),
+    ]
+    noise = latents if package.manifest.sampler.stochastic else None
+    made = []
+    for stepper in steppers:
+        stepper.step(0, noise)
+        before = stepper.latents()
+        stepper.replace(0.5 * before)
+        assert np.array_equal(stepper.latents(), 0.5 * before)
+        stepper.step(1, noise)
+        made.append(stepper.latents())
+        assert not np.allclose(made[-1], run_on(component, package, latents)[1])
+    np.testing.assert_array_equal(made[0], made[1])
+    assert np.linalg.norm(made[2] - made[0]) / np.linalg.norm(made[0]) < 2e-2
+
+
+def run_on(component: OnnxRuntimeComponent, package: Package, noise: np.ndarray) -> list[np.ndarray]:
+    """The latents after two steps that nothing was replaced between."""
+    stepper = HostStepper(component, package.manifest, *start(package))
+    made = []
+    for index in range(2):
+        stepper.step(index, noise if package.manifest.sampler.stochastic else None)
+        made.append(stepper.latents())
+    return made
 
 
 def test_a_batch_outside_the_profile_is_one_sentence(package: Package, runtime: Runtime) -> None:

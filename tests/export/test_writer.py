@@ -65,6 +65,7 @@ def test_parity_is_reported_per_step(quantized_package: ExportResult) -> None:
     parity = manifest["fidelity"]["parity"]
     assert set(parity) == {
         "float_graph", "site_integers", "site_outputs", "quantized_graph", "text_encoder", "vae_decoder",
+        "vae_encoder",
     }  # fmt: skip
     assert len(parity["quantized_graph"]["per_step"]) == quantized_package.plan.calls
     assert len(parity["float_graph"]["per_step"]) == quantized_package.plan.calls

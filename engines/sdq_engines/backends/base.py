@@ -88,6 +88,10 @@ class Stepper(Protocol):
         """The latents now, FP32 [batch, C, h, w], copied to the host."""
         ...
 
+    def replace(self, latents: np.ndarray) -> None:
+        """Go on from other latents, FP32 [batch, C, h, w]; the sampler's history stays."""
+        ...
+
 
 class Session(Protocol):
     """A loaded engine of one package."""
@@ -106,7 +110,8 @@ class Session(Protocol):
             latents: FP32 [batch, C, h, w], noise already scaled by the sampler's initial sigma.
             guidance_scale: of classifier-free guidance.
             coefficients: FP32 [T, R], one row per model call.
-            prompt: the prologue's outputs, [2*batch, L, inner] each.
+            prompt: what stays the same in every step: the prologue's outputs, [2*batch, L, inner] each; for an
+                inpainting denoiser `extra_channels` as well.
         """
         ...
 

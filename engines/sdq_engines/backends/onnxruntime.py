@@ -188,6 +188,9 @@ class DeviceStepper:
     def latents(self) -> np.ndarray:
         return np.array(self.state["latents"].numpy())
 
+    def replace(self, latents: np.ndarray) -> None:
+        self.state["latents"] = self._value(np.asarray(latents, np.float32))
+
 
 def _kernel_counts(package: Package) -> KernelCounts | None:
     """Counted in the graph that ONNX Runtime's optimizer leaves for the CPU: see `kernels.onnxruntime_counts`."""

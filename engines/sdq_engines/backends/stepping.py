@@ -45,3 +45,6 @@ class HostStepper:
 
     def latents(self) -> np.ndarray:
         return np.array(self.feeds["latents"])
+
+    def replace(self, latents: np.ndarray) -> None:
+        self.feeds["latents"] = np.ascontiguousarray(latents, np.float32)

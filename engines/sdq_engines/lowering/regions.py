@@ -9,7 +9,7 @@ import onnx_ir as ir
 __all__ = ["STATE_INPUTS", "sampler_nodes"]
 
 #: Inputs of the denoiser that belong to the sampler (docs/package-format.md).
-STATE_INPUTS = frozenset({"latents", "history", "noise", "guidance_scale", "coefficients"})
+STATE_INPUTS = frozenset({"latents", "history", "noise", "guidance_scale", "coefficients", "extra_channels"})
 
 _ALWAYS_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 

@@ -14,6 +14,7 @@ __all__ = [
     "TEXT_ENCODER",
     "TOKENIZER",
     "VAE_DECODER",
+    "VAE_ENCODER",
     "engine_folder",
     "model_file",
     "runs_per_prompt",
@@ -31,9 +32,11 @@ TEXT_ENCODER = "text_encoder"
 PROLOGUE = "prologue"
 DENOISER = "denoiser"
 VAE_DECODER = "vae_decoder"
+VAE_ENCODER = "vae_encoder"
 
 #: The components that every package has, in the order in which a prompt passes through them. A family with several text
-#: encoders adds `text_encoder_2`, ...; a package's own list is in its manifest.
+#: encoders adds `text_encoder_2`, ..., and a package that may start from images `vae_encoder`; its own list is in its
+#: manifest.
 COMPONENTS = (TEXT_ENCODER, PROLOGUE, DENOISER, VAE_DECODER)
 
 

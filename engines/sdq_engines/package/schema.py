@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sdq_engines.package.layout import ENGINES, TEXT_ENCODER
 
 __all__ = [
+    "EXTRA_CHANNELS",
     "SCHEMA_VERSION",
     "SIZE_INPUT",
     "EngineEntry",
@@ -28,6 +29,9 @@ SCHEMA_VERSION = 1
 
 #: The prologue's input for the image's size: original size, crop's corner and target size, FP32 [n, 6].
 SIZE_INPUT = "time_ids"
+
+#: The denoiser's input for `ModelIO.extra_channels`, [batch, extra, h, w], the same in every step.
+EXTRA_CHANNELS = "extra_channels"
 
 Precision = Literal["fp32", "fp16", "w8a8", "w4a8", "w4a16"]
 
@@ -56,6 +60,10 @@ class ModelIO(_Strict):
     """Names of the prologue's inputs: outputs of the text encoders, and `time_ids` where the model is told the size."""
     force_zeros_for_empty_prompt: bool = False
     """Without a negative prompt the unconditional half sees zeros in place of the empty prompt's embeddings (SDXL)."""
+    size_multiple: int | None = Field(default=None, ge=1)
+    """The graphs take any height and width in pixels that are multiples of this; none: `image_size` alone."""
+    extra_channels: int = Field(default=0, ge=0)
+    """Channels that an inpainting denoiser takes beside the latents: 1 of the mask, then C of the masked image."""
 
 
 class TextInfo(_Strict):
@@ -88,6 +96,8 @@ class SamplerInfo(_Strict):
     """Whether each step takes fresh noise."""
     guidance_scale: float
     """The default when the caller names none."""
+    order: int = Field(default=1, ge=1)
+    """Model calls per step where diffusers counts them so (Heun: 2); a run from an image starts at a multiple of it."""
 
 
 class SourceInfo(_Strict):
@@ -103,12 +113,31 @@ class SourceInfo(_Strict):
     """What was changed, in a sentence, as most model licences ask."""
 
 
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
 class ShapeProfile(_Strict):
-    """Images per call for which an engine is built."""
+    """Images per call, and their sizes, for which an engine is built."""
 
     batch_min: int = Field(default=1, ge=1)
     batch_opt: int = Field(default=1, ge=1)
     batch_max: int = Field(default=4, ge=1)
+    size_min: Size | None = None
+    """Least height and least width; the three sizes are given together, none is the package's `image_size` alone."""
+    size_opt: Size | None = None
+    size_max: Size | None = None
+
+    def sizes(self, io: ModelIO) -> tuple[Size, Size, Size]:
+        """The least, the one that it is tuned for, and the most."""
+        if self.size_min is None or self.size_opt is None or self.size_max is None:
+            return io.image_size, io.image_size, io.image_size
+        return self.size_min, self.size_opt, self.size_max
+
+    def takes(self, size: Size, io: ModelIO) -> bool:
+        """Whether images of this size may be asked for."""
+        low, _, high = self.sizes(io)
+        return all(a <= n <= b for a, n, b in zip(low, size, high, strict=True))
 
 
 class KernelCounts(_Strict):

@@ -21,6 +21,7 @@ class StepEvent:
     step: int
     """Index of the step just done, 0..num_steps-1."""
     num_steps: int
+    """Of this run: fewer than the package's where it began from an image."""
     images: range
     """Which images of the call are in this batch."""
     latents: Callable[[], np.ndarray]
@@ -47,8 +48,10 @@ def denoise(
     images: range,
     streams: Sequence[NoiseStream] | None = None,
     callback: Callable[[StepEvent], None] | None = None,
+    first: int = 0,
+    blend: Callable[[int, np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, LoopTime]:
-    """Run all steps of one batch.
+    """Run the steps of one batch, from model call `first` on.
 
     Args:
         stepper: a run just started.
@@ -57,19 +60,23 @@ def denoise(
         images: indices of the batch's images, for the callback.
         streams: for a stochastic sampler, each image's noise, which the steps continue.
         callback: called after each step.
+        first: the first model call to make.
+        blend: changes the latents after each call, given its index; None leaves them in the engine.
 
     Returns:
         The final latents, FP32 [batch, C, h, w], and where the time went.
     """
     spent = LoopTime()
     started = time.perf_counter()
-    for index in range(num_steps):
+    for index in range(first, num_steps):
         noise = np.stack([stream.normal(shape) for stream in streams]) if streams else None
         called = time.perf_counter()
         stepper.step(index, noise)
         spent.engine += time.perf_counter() - called
+        if blend is not None:
+            stepper.replace(blend(index, stepper.latents()))
         if callback is not None:
-            callback(StepEvent(index, num_steps, images, stepper.latents))
+            callback(StepEvent(index - first, num_steps - first, images, stepper.latents))
     called = time.perf_counter()
     latents = stepper.latents()  # waits for a GPU
     spent.engine += time.perf_counter() - called

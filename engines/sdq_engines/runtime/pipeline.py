@@ -17,13 +17,31 @@ import numpy as np
 from sdq_engines.backends.base import Arrays, Session
 from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER
+from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER, VAE_ENCODER
+from sdq_engines.package.schema import Size
 from sdq_engines.package.store import Package, Verify, open_package
+from sdq_engines.runtime.beginning import (
+    Beginning,
+    Moments,
+    Original,
+    begin_from_noise,
+    begin_from_originals,
+    first_call,
+)
 from sdq_engines.runtime.loop import LoopTime, StepEvent, denoise
 from sdq_engines.runtime.noise import NoiseStream
+from sdq_engines.runtime.pictures import Pictured, mask_pixels, one_each, open_picture, pixels
 from sdq_engines.runtime.prompts import ImageSize, PromptEncoder
-from sdq_engines.runtime.requests import ImageRequest, check_sampler, check_size, plan_images, refuse_others
+from sdq_engines.runtime.requests import (
+    ImageRequest,
+    check_originals,
+    check_sampler,
+    check_size,
+    plan_images,
+    refuse_others,
+)
 from sdq_engines.runtime.sampler import SamplerTables
+from sdq_engines.sizes import requested_size, source_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +60,10 @@ class PipelineOutput:
     """Of each image; each can be made again alone by its own."""
     loops: list[LoopTime] = field(default_factory=list, repr=False)
     """Where the time of each batch's loop went."""
+
+
+Begin = Callable[[Sequence[ImageRequest], Sequence[NoiseStream]], Beginning]
+"""Where the run of one batch begins."""
 
 
 class Pipeline:
@@ -93,6 +115,11 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
+        image: Pictured | Sequence[Pictured] | None = None,
+        mask_image: Pictured | Sequence[Pictured] | None = None,
+        strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int | None = None,
         scheduler: str | None = None,
         original_size: tuple[int, int] | None = None,
@@ -109,9 +136,14 @@ class Pipeline:
             seed: image i of the call starts from `seed + i`, or from the i-th of a list; by default random.
             guidance_scale: of classifier-free guidance; by default the package's; 1 or less is none, as in diffusers.
             num_images_per_prompt: images of each prompt.
+            image: what to start from instead of noise, one for all or one per prompt: a PIL image, an array [H, W, 3]
+                of uint8, or a file's path; resized to the package's size, with a warning, where it has another.
+            mask_image: paints only where this is white, keeps the rest of `image`; an array is [H, W] of uint8 or bool.
+            strength: how much of `image` to repaint, above 0 to 1; by default 0.8, with a mask 1, as in diffusers.
+            height, width: in pixels, within what the engine was built for; by default the package's own.
             num_inference_steps, scheduler: the package's, or nothing.
             original_size, crops_coords_top_left, target_size: what Stable Diffusion XL is told of the image's origin,
-                (height, width) in pixels; by default an uncropped image of the package's size.
+                (height, width) in pixels; by default an uncropped image of the size that is made.
             callback: hears a `StepEvent` after each step.
             others: arguments of diffusers' pipelines; each is refused with the reason.
 
@@ -121,14 +153,21 @@ class Pipeline:
         refuse_others(others)
         check_sampler(self.manifest, num_inference_steps, scheduler)
         requests = plan_images(prompt, negative_prompt, seed, num_images_per_prompt)
+        size = requested_size(self.package, self.engine, self.session.entry.profile, height, width)
+        strength = check_originals(self.manifest, image, mask_image, strength)
+        begin = (
+            self._from_noise(size)
+            if strength is None
+            else self._from_originals(image, mask_image, strength, 1 + requests[-1].prompt_index, size)
+        )
         guidance = self.manifest.sampler.guidance_scale if guidance_scale is None else float(guidance_scale)
-        size = check_size(self.prompts.takes_size, original_size, crops_coords_top_left, target_size)
-        prompts = self._conditioning(requests, guidance, size)
+        told = check_size(self.prompts.takes_size, size, original_size, crops_coords_top_left, target_size)
+        prompts = self._conditioning(requests, guidance, told)
         latents, images, loops = [], [], []
         most = self.session.entry.profile.batch_max
         for start in range(0, len(requests), most):
             batch = range(start, min(start + most, len(requests)))
-            made, spent = self._denoise([requests[i] for i in batch], batch, guidance, prompts, callback)
+            made, spent = self._denoise([requests[i] for i in batch], batch, guidance, prompts, begin, callback)
             images += self._decode(made)
             latents.append(made)
             loops.append(spent)
@@ -154,22 +193,87 @@ class Pipeline:
         batch: range,
         guidance: float,
         prompts: Mapping[str | None, Arrays],
+        begin: Begin,
         callback: Callable[[StepEvent], None] | None,
     ) -> tuple[np.ndarray, LoopTime]:
-        shape = self.manifest.io.latent_shape
         streams = [NoiseStream(request.seed) for request in requests]
-        noise = np.stack([stream.normal(shape) for stream in streams])
+        beginning = begin(requests, streams)
         # Without guidance both halves are the prompt's: uncond + 1 * (cond - uncond) = cond.
         first = [request.negative_prompt if guidance > 1 else request.prompt for request in requests]
         order: list[str | None] = [*first, *(request.prompt for request in requests)]
         prompt = {
             name: np.concatenate([prompts[text][name] for text in order]) for name in self.manifest.io.prologue_outputs
         }
-        stepper = self.session.stepper(
-            noise * self._tables.init_noise_sigma[0], max(guidance, 1.0), self.coefficients, prompt
-        )
+        rows = self._tables.coefficients[beginning.call]
+        stepper = self.session.stepper(beginning.latents, max(guidance, 1.0), rows, {**prompt, **beginning.extra})
         drawn = streams if self.manifest.sampler.stochastic else None
-        return denoise(stepper, len(self.coefficients), shape, batch, drawn, callback)
+        shape = beginning.latents.shape[1:]
+        return denoise(stepper, len(rows), shape, batch, drawn, callback, beginning.call, beginning.blend)
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        """(C, h, w) of images of this size, (height, width); by default of the size that a plain call makes."""
+        size = size or requested_size(self.package, self.engine, self.session.entry.profile, None, None)
+        channels, height, _ = self.manifest.io.latent_shape
+        factor = self.manifest.io.image_size[0] // height
+        return channels, size[0] // factor, size[1] // factor
+
+    def _from_noise(self, size: Size) -> Begin:
+        """Without an image an inpainting denoiser paints the whole of a grey one."""
+        grey = None
+        if self.manifest.io.extra_channels:
+            grey = self.encode_image(np.zeros((3, *size), np.float32)).mean
+        return lambda _, streams: begin_from_noise(self._tables, streams, self.latent_shape(size), grey)
+
+    def _from_originals(self, image: Any, mask_image: Any, strength: float, prompts: int, size: Size) -> Begin:
+        """Every different image of the call is encoded once, before the first batch."""
+        call = first_call(self.manifest.sampler, strength)
+        pairs = zip(one_each(image, prompts, "image"), one_each(mask_image, prompts, "mask_image"), strict=True)
+        made: dict[tuple[int, int], Original] = {}
+        originals = []
+        for pictured, mask in pairs:
+            key = (id(pictured), id(mask))
+            if key not in made:
+                made[key] = self._original(pictured, mask, size)
+            originals.append(made[key])
+
+        def begin(requests: Sequence[ImageRequest], streams: Sequence[NoiseStream]) -> Beginning:
+            chosen = [originals[request.prompt_index] for request in requests]
+            return begin_from_originals(self._tables, call, strength, chosen, streams)
+
+        return begin
+
+    def _original(self, pictured: Pictured, mask_image: Pictured | None, size: Size) -> Original:
+        image = pixels(open_picture(pictured, "image"), size)
+        if mask_image is None:
+            return Original(self.encode_image(image))
+        mask = mask_pixels(open_picture(mask_image, "mask_image"), size)
+        masked = self.encode_image(image * (mask < 0.5)) if self.manifest.io.extra_channels else None
+        factor = size[0] // self.latent_shape(size)[1]
+        return Original(self.encode_image(image), mask[:, ::factor, ::factor], masked)
+
+    def encode_image(self, image: np.ndarray) -> Moments:
+        """The VAE encoder's distribution of latents for pixels [3, height, width] in [-1, 1].
+
+        Raises:
+            SdqError: the package, or the engine, has no VAE encoder.
+        """
+        self._require_encoder()
+        moments = self.session.component(VAE_ENCODER).run({"images": image[None]})["latent_moments"]
+        mean, std = np.split(moments[0].astype(np.float32), 2)
+        return Moments(mean, std)
+
+    def _require_encoder(self) -> None:
+        folder = self.package.folder
+        if VAE_ENCODER not in self.manifest.components:
+            raise SdqError(
+                f"The package at {folder} has no VAE encoder, so it cannot start from an image.",
+                f"Export it again: sdq-deploy export {source_of(self.manifest)} --out {folder}",
+            )
+        if VAE_ENCODER not in self.session.entry.components:
+            raise SdqError(
+                f"The {self.engine} engine of {folder} was built without the VAE encoder.",
+                f"Build it again: sdq-deploy build {folder} --engine {self.engine}",
+            )
 
     def _decode(self, latents: np.ndarray) -> list[Image]:
         from PIL import Image as images

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdq_engines.errors import SdqError
-from sdq_engines.package.schema import Manifest
+from sdq_engines.package.schema import Manifest, Size
 from sdq_engines.runtime.prompts import ImageSize
 
-__all__ = ["ImageRequest", "check_sampler", "check_size", "plan_images", "refuse_others"]
+__all__ = ["ImageRequest", "check_originals", "check_sampler", "check_size", "plan_images", "refuse_others"]
+
+_IMAGE_STRENGTH, _INPAINT_STRENGTH = 0.8, 1.0
+"""diffusers' own for Stable Diffusion, where the caller names none."""
 
 #: Arguments of diffusers' pipelines that a compiled package cannot honour, and why.
 _REFUSED = {
@@ -19,8 +22,6 @@ _REFUSED = {
     "eta": "the sampler's noise is compiled into the package",
     "timesteps": "the timesteps are compiled into the package",
     "sigmas": "the sigmas are compiled into the package",
-    "height": "the image size is compiled into the package",
-    "width": "the image size is compiled into the package",
     "clip_skip": "the text encoder's output layer is compiled into the package",
     "negative_original_size": "both halves of guidance are told the same size",
     "negative_crops_coords_top_left": "both halves of guidance are told the same size",
@@ -30,6 +31,8 @@ _REFUSED = {
     "pooled_prompt_embeds": "the package encodes prompts itself",
     "negative_pooled_prompt_embeds": "the package encodes prompts itself",
     "cross_attention_kwargs": "attention is compiled into the package",
+    "padding_mask_crop": "the whole image goes through the model; crop it before",
+    "masked_image_latents": "the package encodes images itself",
     "ip_adapter_image": "the package holds no image adapter",
     "ip_adapter_image_embeds": "the package holds no image adapter",
     "prompt_embeds": "the package encodes prompts itself",
@@ -48,6 +51,8 @@ class ImageRequest:
     prompt: str
     negative_prompt: str | None
     seed: int
+    prompt_index: int = 0
+    """Which prompt of the call it is."""
 
 
 def refuse_others(arguments: dict[str, Any]) -> None:
@@ -76,11 +81,12 @@ def check_sampler(manifest: Manifest, num_inference_steps: int | None, scheduler
 
 def check_size(
     takes_size: bool,
+    size: Size,
     original_size: tuple[int, int] | None,
     crops_coords_top_left: tuple[int, int],
     target_size: tuple[int, int] | None,
 ) -> ImageSize:
-    """What the model is told of the image's size.
+    """What the model is told of the image's size: by default an uncropped image of `size`, that which is made.
 
     Raises:
         SdqError: a size for a model that takes none, or one that is not two numbers.
@@ -94,7 +100,28 @@ def check_size(
             raise SdqError(f"This package's model takes no {name}.", "Stable Diffusion XL does.")
         if len(value) != 2:
             raise SdqError(f"{name}={value!r} is not two numbers.", "Give (height, width), or (top, left) of a crop.")
-    return ImageSize(original_size, crops_coords_top_left, target_size)
+    return ImageSize(original_size or size, crops_coords_top_left, target_size or size)
+
+
+def check_originals(manifest: Manifest, image: object, mask_image: object, strength: float | None) -> float | None:
+    """The strength of a run that begins from an image; None for text to image.
+
+    Raises:
+        SdqError: arguments that do not go together, or not with this package.
+    """
+    if image is None:
+        if mask_image is not None or strength is not None:
+            given = "mask_image" if mask_image is not None else "strength"
+            raise SdqError(f"{given} was given without an image.", "Give image= as well, or leave it out.")
+        return None
+    if mask_image is None and manifest.io.extra_channels:
+        raise SdqError(
+            "This package's denoiser is an inpainting one: it needs a mask beside the image.",
+            "Give mask_image=, white where to paint (--mask FILE); an all-white one repaints everything.",
+        )
+    if strength is not None:
+        return float(strength)
+    return _IMAGE_STRENGTH if mask_image is None else _INPAINT_STRENGTH
 
 
 def plan_images(
@@ -118,8 +145,11 @@ def plan_images(
     negatives = _negatives(negative_prompt, len(prompts))
     total = len(prompts) * num_images_per_prompt
     seeds = _seeds(seed, total)
-    pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(num_images_per_prompt)]
-    return [ImageRequest(*pair, seed=number) for pair, number in zip(pairs, seeds, strict=True)]
+    owners = [index for index in range(len(prompts)) for _ in range(num_images_per_prompt)]
+    return [
+        ImageRequest(prompts[index], negatives[index], number, index)
+        for index, number in zip(owners, seeds, strict=True)
+    ]
 
 
 def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str | None]:

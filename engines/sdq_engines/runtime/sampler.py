@@ -20,6 +20,8 @@ class SamplerTables:
     """[T]"""
     init_noise_sigma: np.ndarray
     """[starts]: the starting latents are noise times this."""
+    noising: np.ndarray
+    """[starts, 2]: an image's latents at the level of model call i are a * clean + b * noise."""
 
     @classmethod
     def load(cls, path: Path) -> SamplerTables:
@@ -27,4 +29,5 @@ class SamplerTables:
         from safetensors.numpy import load_file
 
         tensors = load_file(path)
-        return cls(tensors["coefficients"], tensors["timesteps"], tensors["init_noise_sigma"])
+        names = ("coefficients", "timesteps", "init_noise_sigma", "noising")
+        return cls(*(tensors[name] for name in names))

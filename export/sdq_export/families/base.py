@@ -91,6 +91,7 @@ class Family(ABC):
     Attributes:
         name: the manifest's word for it.
         pipeline: diffusers' pipeline, the ``_class_name`` of model_index.json.
+        inpainting_pipeline: its inpainting one, if checkpoints of that are of the family too.
         denoiser: the denoiser's folder in the checkpoint.
         parts: folder of a checkpoint -> the class that loads it, in diffusers or transformers.
         text_encoders: in the order in which the pipeline joins their outputs.
@@ -101,6 +102,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     pipeline: ClassVar[str]
+    inpainting_pipeline: ClassVar[str | None] = None
     denoiser: ClassVar[str]
     parts: ClassVar[Mapping[str, str]]
     text_encoders: ClassVar[tuple[TextEncoder, ...]]
@@ -111,9 +113,14 @@ class Family(ABC):
 
     # The checkpoint
 
+    @property
+    def pipelines(self) -> tuple[str, ...]:
+        """Names of diffusers' pipelines whose checkpoints are of the family."""
+        return (self.pipeline, self.inpainting_pipeline) if self.inpainting_pipeline else (self.pipeline,)
+
     def fits(self, folder: Path, index: Mapping[str, Any]) -> bool:
         """Whether the checkpoint in this folder, of this model_index.json, is of the family."""
-        return index.get("_class_name") == self.pipeline
+        return index.get("_class_name") in self.pipelines
 
     @abstractmethod
     def check_source(self, source: Source) -> None:
@@ -126,6 +133,22 @@ class Family(ABC):
     @abstractmethod
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         """(C, h, w) of one image's latents at the checkpoint's own size."""
+
+    def extra_channels(self, denoiser: nn.Module) -> int:
+        """How many channels the denoiser takes beside the latents, for inpainting: 1 of the mask, C of the image.
+
+        Raises:
+            SdqError: another number.
+        """
+        return 0
+
+    @abstractmethod
+    def latent_multiple(self, denoiser: nn.Module) -> int:
+        """What the latents' height and width must be multiples of where a graph takes any size.
+
+        Raises:
+            SdqError: the denoiser is of one size.
+        """
 
     def pixels_per_latent(self, source: Source) -> int:
         """How many pixels wide a latent pixel is: 8 for a VAE of four levels."""
@@ -201,13 +224,16 @@ class Family(ABC):
     # Graphs
 
     @abstractmethod
-    def capture_denoiser(self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int) -> ir.Model:
+    def capture_denoiser(
+        self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int, multiple: int = 0
+    ) -> ir.Model:
         """The denoiser's graph: ``sample`` f32 [2*batch, C, h, w], ``timestep``, then the conditioning's names.
 
         Args:
             denoiser: FP32, its time path in place.
-            latent_shape: C, h, w.
+            latent_shape: C, h, w; an inpainting denoiser's sample has its extra channels beside C.
             tokens: L.
+            multiple: `latent_multiple`, to leave height and width free; 0 for those of `latent_shape` alone.
         """
 
     @abstractmethod

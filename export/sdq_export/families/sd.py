@@ -20,9 +20,11 @@ from sdq_export.families.unet import (
     check_conditions,
     is_unet,
     quantizable_layers,
+    unet_latent_multiple,
     unet_latent_shape,
 )
 from sdq_export.families.vae import check_vae
+from sdq_export.inpainting import extra_channels
 from sdq_export.passes.prologue import CutPrologue, KeepPrologue
 from sdq_export.passes.time_tables import TimeTables
 from sdq_export.step_state import StepState
@@ -38,6 +40,7 @@ class StableDiffusion(Family):
 
     name = "stable-diffusion"
     pipeline = "StableDiffusionPipeline"
+    inpainting_pipeline = "StableDiffusionInpaintPipeline"
     denoiser = "unet"
     parts: ClassVar = {
         "unet": "diffusers.UNet2DConditionModel",
@@ -64,6 +67,12 @@ class StableDiffusion(Family):
 
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         return unet_latent_shape(source)
+
+    def extra_channels(self, denoiser: nn.Module) -> int:
+        return extra_channels(denoiser)
+
+    def latent_multiple(self, denoiser: nn.Module) -> int:
+        return unet_latent_multiple(denoiser)
 
     def pipeline_options(self, source: Source) -> dict[str, Any]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -100,10 +109,12 @@ class StableDiffusion(Family):
     def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
         return quantizable_layers(denoiser)
 
-    def capture_denoiser(self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int) -> ir.Model:
+    def capture_denoiser(
+        self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int, multiple: int = 0
+    ) -> ir.Model:
         config: Any = denoiser.config
         text = {"encoder_hidden_states": torch.randn(2, tokens, config.cross_attention_dim)}
-        return capture_unet(denoiser, latent_shape, text, [TEXT_INPUT])
+        return capture_unet(denoiser, latent_shape, text, [TEXT_INPUT], multiple)
 
     def cuts(self, tables: Mapping[str, Tensor]) -> GraphCuts:
         rows = {block: table.numpy() for block, table in tables.items()}

@@ -75,6 +75,17 @@ class StableDiffusion3(Family):
                 "The denoiser's pos_embed_max_size=None is not supported; Stable Diffusion 3 crops from one."
             )
 
+        if config.in_channels != config.out_channels:
+            raise SdqError(
+                f"The denoiser takes {config.in_channels} channels and gives {config.out_channels}; "
+                "inpainting variants of Stable Diffusion 3 are not supported."
+            )
+
+    def latent_multiple(self, denoiser: nn.Module) -> int:
+        raise SdqError(
+            "Stable Diffusion 3's position embedding is compiled for one size, so height and width cannot be left free."
+        )
+
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         config = source.denoiser.config
         return int(config.in_channels), int(config.sample_size), int(config.sample_size)
@@ -114,7 +125,10 @@ class StableDiffusion3(Family):
             and layer.split(".")[0] not in (_TIME, _CONTEXT)
         }
 
-    def capture_denoiser(self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int) -> ir.Model:
+    def capture_denoiser(
+        self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int, multiple: int = 0
+    ) -> ir.Model:
+        assert not multiple, "latent_multiple refuses"
         texts = self._examples(denoiser, tokens)
         inputs = {"sample": torch.randn(2, *latent_shape), "timestep": torch.ones(1), **texts}
         return capture(

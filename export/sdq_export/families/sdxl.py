@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import VAE_DECODER
+from sdq_engines.package.layout import VAE_DECODER, VAE_ENCODER
 from sdq_engines.package.schema import SIZE_INPUT
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
@@ -22,9 +22,11 @@ from sdq_export.families.unet import (
     check_conditions,
     is_unet,
     quantizable_layers,
+    unet_latent_multiple,
     unet_latent_shape,
 )
 from sdq_export.families.vae import check_vae
+from sdq_export.inpainting import extra_channels
 from sdq_export.passes.prologue import CutPrologue, KeepPrologue
 from sdq_export.passes.prompt_time_rows import CutTimeRows, OutputTimeRows
 from sdq_export.step_state import StepState
@@ -46,6 +48,7 @@ class StableDiffusionXL(Family):
 
     name = "stable-diffusion-xl"
     pipeline = "StableDiffusionXLPipeline"
+    inpainting_pipeline = "StableDiffusionXLInpaintPipeline"
     denoiser = "unet"
     parts: ClassVar = {
         "unet": "diffusers.UNet2DConditionModel",
@@ -78,9 +81,15 @@ class StableDiffusionXL(Family):
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         return unet_latent_shape(source)
 
+    def extra_channels(self, denoiser: nn.Module) -> int:
+        return extra_channels(denoiser)
+
+    def latent_multiple(self, denoiser: nn.Module) -> int:
+        return unet_latent_multiple(denoiser)
+
     def full_precision(self, source: Source) -> tuple[str, ...]:
         """The VAE, where its config says that it must be upcast: SDXL's own overflows in FP16."""
-        return (VAE_DECODER,) if source.vae.config.force_upcast else ()
+        return (VAE_DECODER, VAE_ENCODER) if source.vae.config.force_upcast else ()
 
     def zeros_for_no_prompt(self, source: Source) -> bool:
         return bool(source.index.get("force_zeros_for_empty_prompt", True))
@@ -134,14 +143,16 @@ class StableDiffusionXL(Family):
     def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
         return quantizable_layers(denoiser)
 
-    def capture_denoiser(self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int) -> ir.Model:
+    def capture_denoiser(
+        self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int, multiple: int = 0
+    ) -> ir.Model:
         model: Any = denoiser
         pooled = model.add_embedding.linear_1.in_features - 6 * model.config.addition_time_embed_dim
         prompts = {
             "encoder_hidden_states": torch.randn(2, tokens, model.config.cross_attention_dim),
             "added_cond_kwargs": {"text_embeds": torch.randn(2, pooled), "time_ids": torch.full((2, 6), 64.0)},
         }
-        return capture_unet(denoiser, latent_shape, prompts, [TEXT_INPUT, POOLED_INPUT, SIZE_INPUT])
+        return capture_unet(denoiser, latent_shape, prompts, [TEXT_INPUT, POOLED_INPUT, SIZE_INPUT], multiple)
 
     def cuts(self, tables: Mapping[str, Tensor]) -> GraphCuts:
         table = tables[_TABLE].numpy()

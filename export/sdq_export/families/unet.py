@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sdq_engines.errors import SdqError
-from sdq_export.capture import capture
+from sdq_export.capture import FreeSize, capture
+from sdq_export.sizes import HEIGHT, WIDTH, different
 
 if TYPE_CHECKING:
     from sdq_export.source import Source
@@ -21,6 +22,7 @@ __all__ = [
     "check_conditions",
     "is_unet",
     "quantizable_layers",
+    "unet_latent_multiple",
     "unet_latent_shape",
 ]
 
@@ -48,7 +50,13 @@ def unet_latent_shape(source: Source) -> tuple[int, int, int]:
     config: Any = source.denoiser.config
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return int(config.in_channels), int(height), int(width)
+    return int(config.out_channels), int(height), int(width)
+
+
+def unet_latent_multiple(unet: nn.Module) -> int:
+    """What the latents' height and width must be multiples of: every level but the last halves them."""
+    config: Any = unet.config
+    return int(2 ** (len(config.block_out_channels) - 1))
 
 
 def check_conditions(unet: nn.Module, allowed: Mapping[str, str | None] | None = None) -> None:
@@ -106,7 +114,11 @@ def _is_cross_attention(module: Any) -> bool:
 
 
 def capture_unet(
-    unet: nn.Module, latent_shape: tuple[int, int, int], prompts: Mapping[str, Any], names: Sequence[str]
+    unet: nn.Module,
+    latent_shape: tuple[int, int, int],
+    prompts: Mapping[str, Any],
+    names: Sequence[str],
+    multiple: int = 0,
 ) -> ir.Model:
     """A UNet's graph; see `Family.capture_denoiser`.
 
@@ -115,13 +127,17 @@ def capture_unet(
         latent_shape: C, h, w.
         prompts: argument of the forward -> an example of two prompts, or a dict of them.
         names: what these tensors are called in the graph, in order.
+        multiple: of a free height and width; 0 for those of `latent_shape`.
     """
+    config: Any = unet.config
+    sample = torch.randn(2, config.in_channels, *different(latent_shape[1:], multiple))
     return capture(
         unet,
-        {"sample": torch.randn(2, *latent_shape), "timestep": torch.tensor(1.0), **prompts},
+        {"sample": sample, "timestep": torch.tensor(1.0), **prompts},
         input_names=["sample", "timestep", *names],
         batched=["sample", *prompts],
         outputs=["model_output"],
         batch="2*batch",
         static={"return_dict": False},
+        sized=FreeSize("sample", multiple, (HEIGHT, WIDTH)) if multiple else None,
     )

@@ -18,7 +18,7 @@ from sdq_export.parity.graphs import open_graph
 from sdq_export.parity.report import Criterion
 from sdq_export.source import Source
 
-__all__ = ["check_text_encoder", "check_vae_decoder"]
+__all__ = ["check_text_encoder", "check_vae_decoder", "check_vae_encoder"]
 
 _LIMIT = 1e-4
 
@@ -38,6 +38,15 @@ def check_vae_decoder(graph: ir.Model, module: nn.Module, latents: Tensor) -> Cr
     with torch.no_grad():
         wanted = module(latents).numpy()
     return _criterion("vae_decoder", _run(graph, {"latents": latents.numpy()}), [wanted])
+
+
+def check_vae_encoder(graph: ir.Model, module: nn.Module, decoder: nn.Module, latents: Tensor) -> Criterion:
+    """The encoder's graph against torch, mean and standard deviation each, on the images of latents [n, C, h, w]."""
+    with torch.no_grad():
+        images = 2 * decoder(latents) - 1
+        wanted = module(images).numpy()
+    found = _run(graph, {"images": images.numpy()})[0]
+    return _criterion("vae_encoder", np.split(found, 2, axis=1), np.split(wanted, 2, axis=1))
 
 
 def _run(graph: ir.Model, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:

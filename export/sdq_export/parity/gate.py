@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sdq_engines.backends.base import Component
+from sdq_engines.package.schema import EXTRA_CHANNELS
 from sdq_export.checkpoint import QuantizedCheckpoint, scale_key
 from sdq_export.denoiser import DenoiserGraphs
 from sdq_export.parity.graphs import GraphRunner, identity_row, step_feeds
@@ -27,6 +29,7 @@ __all__ = [
     "check_engine",
     "check_graphs",
     "compare_distances",
+    "float_distance",
 ]
 
 FLOAT_LIMIT = 1e-4
@@ -104,6 +107,8 @@ def check_engine(
             part = inputs[start : start + batch]
             feeds = step_feeds(plan, part, step, samples.guidance_scale, row)
             feeds |= {key: _halves(value, start, len(part)) for key, value in prompt.items()}
+            if samples.extra is not None:
+                feeds[EXTRA_CHANNELS] = samples.extra[start : start + len(part)].numpy()
             parts.append(denoiser.run(feeds)["latents_out"].astype(np.float32))
         found.append(samples.distances(np.concatenate(parts), step))
     return compare_distances(
@@ -162,12 +167,17 @@ def _float_graph(
     """1: with activation quantization bypassed, the graph's whole step against torch's in floating point."""
     bypassed = graphs.denoiser.clone()
     BypassActivations()(bypassed)
-    runner = GraphRunner(bypassed, graphs.prologue, plan, samples.conditioning)
+    runner = GraphRunner(bypassed, graphs.prologue, plan, samples.conditioning, samples.extra)
     figures = []
     with _quantizers_off(reference):
         for done, step in enumerate(steps):
             wanted = guided(
-                reference, samples.model_inputs[step], step, samples.conditioning, samples.guidance_scale
+                reference,
+                samples.model_inputs[step],
+                step,
+                samples.conditioning,
+                samples.guidance_scale,
+                samples.extra,
             ).numpy()
             found = runner.output(samples.model_inputs[step], step, samples.guidance_scale)
             figures.append(_relative(found, wanted))
@@ -183,6 +193,19 @@ def _float_graph(
     )
 
 
+def float_distance(
+    graphs: DenoiserGraphs, plan: SamplerPlan, samples: TeacherSamples, reference: Any, latents: Tensor, step: int,
+    extra: Tensor | None,
+) -> float:  # fmt: skip
+    """Relative distance of the graph's guided output from torch's in floating point, on latents of any size."""
+    bypassed = graphs.denoiser.clone()
+    BypassActivations()(bypassed)
+    runner = GraphRunner(bypassed, graphs.prologue, plan, samples.conditioning, extra)
+    with _quantizers_off(reference):
+        wanted = guided(reference, latents, step, samples.conditioning, samples.guidance_scale, extra).numpy()
+    return _relative(runner.output(latents, step, samples.guidance_scale), wanted)
+
+
 def _step_error(runner: GraphRunner, plan: SamplerPlan, samples: TeacherSamples, step: int, reference: Any) -> float:
     """The sampler's update, history and noise included, against the same linear map in numpy."""
     generator = np.random.default_rng(step)
@@ -194,7 +217,7 @@ def _step_error(runner: GraphRunner, plan: SamplerPlan, samples: TeacherSamples,
     found = runner.run(step_feeds(plan, state[0], step, samples.guidance_scale, row, history, noise))
     step_map = plan.step_map(0, step)
     model_input = torch.from_numpy(np.tensordot(step_map.u, state, axes=1))
-    output = guided(reference, model_input, step, samples.conditioning, samples.guidance_scale).numpy()
+    output = guided(reference, model_input, step, samples.conditioning, samples.guidance_scale, samples.extra).numpy()
     add = np.multiply.outer(step_map.output, output) + np.multiply.outer(step_map.noise, noise)
     wanted = np.tensordot(step_map.matrix, state, axes=1) + add
     errors = [_relative(found["latents_out"], wanted[0])]
@@ -246,11 +269,11 @@ def _quantized_graph(
     on_stage: OnStage,
 ) -> Criterion:  # fmt: skip
     """3: the quantized graph is no farther from the teacher than the fake-quantized torch model is."""
-    runner = GraphRunner(graphs.denoiser, graphs.prologue, plan, samples.conditioning)
+    runner = GraphRunner(graphs.denoiser, graphs.prologue, plan, samples.conditioning, samples.extra)
     found, wanted = [], []
     for done, step in enumerate(steps):
         inputs = samples.model_inputs[step]
-        output = guided(reference, inputs, step, samples.conditioning, samples.guidance_scale)
+        output = guided(reference, inputs, step, samples.conditioning, samples.guidance_scale, samples.extra)
         wanted.append(samples.distances(output, step))
         found.append(samples.distances(runner.output(inputs, step, samples.guidance_scale), step))
         on_stage("quantized_graph", done + 1, len(steps))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdq_engines.backends.onnxruntime import open_session
 from sdq_engines.lowering.save import save_graph
+from sdq_engines.package.schema import EXTRA_CHANNELS
 from sdq_export.conditioning import Conditioning
 from sdq_export.sampler.plan import SamplerPlan, StepMap
 
@@ -66,9 +67,17 @@ class GraphRunner:
         prologue: what depends on the prompts alone.
         plan: the sampler that the step belongs to.
         conditioning: of 2N prompts, unconditional first.
+        extra: float32 [N, 1 + C, h, w], of an inpainting denoiser.
     """
 
-    def __init__(self, denoiser: ir.Model, prologue: ir.Model, plan: SamplerPlan, conditioning: Conditioning) -> None:
+    def __init__(
+        self,
+        denoiser: ir.Model,
+        prologue: ir.Model,
+        plan: SamplerPlan,
+        conditioning: Conditioning,
+        extra: Tensor | None = None,
+    ) -> None:
         self.plan = plan
         # graphs of several gigabytes do not fit into protobuf's memory; from a file they do
         with tempfile.TemporaryDirectory(prefix="sdq-parity-", ignore_cleanup_errors=True) as folder:
@@ -79,6 +88,8 @@ class GraphRunner:
         wanted = {item.name for item in prologue_session.get_inputs()}
         given = {name: array for name, array in conditioning.numpy().items() if name in wanted}
         self.prompt: Arrays = dict(zip(names, prologue_session.run(names, given), strict=True))
+        if extra is not None:
+            self.prompt[EXTRA_CHANNELS] = extra.numpy()
 
     def output(self, model_inputs: Tensor, step: int, guidance_scale: float) -> NDArray[np.float32]:
         """The guided output [N, C, h, w] at a step."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdq_export.conditioning import Conditioning
+from sdq_export.inpainting import sample_extra
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sampler.run import run_sampler
 from sdq_export.source import Source
@@ -40,12 +41,14 @@ class TeacherSamples:
         guidance_scale: of the guided outputs.
         model_inputs: float32 [T, N, C, h, w], what the denoiser is given at each step.
         outputs: float32 [T, N, C, h, w], the teacher's guided output there.
+        extra: float32 [N, 1 + C, h, w], mask and masked image of an inpainting denoiser, the same at every step.
     """
 
     conditioning: Conditioning
     guidance_scale: float
     model_inputs: Tensor
     outputs: Tensor
+    extra: Tensor | None = None
 
     def distances(self, outputs: NDArray[np.float32] | Tensor, step: int) -> NDArray[np.float64]:
         """Relative L2 distance of each sample's guided output [N, C, h, w] from the teacher's, [N]."""
@@ -59,11 +62,12 @@ def samples_for(latent_shape: tuple[int, int, int]) -> int:
     return max(2, min(8, _WANTED_ELEMENTS // int(np.prod(latent_shape))))
 
 
-def guided(denoiser: Callable[[Tensor, Tensor, Conditioning], Tensor], samples_in: Tensor, step: int,
-           conditioning: Conditioning, guidance_scale: float) -> Tensor:  # fmt: skip
+def guided(denoiser: Callable[..., Tensor], samples_in: Tensor, step: int, conditioning: Conditioning,
+           guidance_scale: float, extra: Tensor | None = None) -> Tensor:  # fmt: skip
     """One guided output [N, C, h, w] of a StepDenoiser, as diffusers' pipelines combine it."""
+    more = [] if extra is None else [torch.cat([extra, extra])]
     with torch.no_grad():
-        output = denoiser(torch.cat([samples_in, samples_in]), torch.tensor(step), conditioning)
+        output = denoiser(torch.cat([samples_in, samples_in]), torch.tensor(step), conditioning, *more)
     uncond, cond = output.chunk(2)
     return uncond + guidance_scale * (cond - uncond)
 
@@ -90,6 +94,7 @@ def record_teacher(
     conditioning = source.family.encode_prompts(source, [*[None] * count, *chosen])
     teacher = StepDenoiser(copy.deepcopy(source.denoiser), torch.from_numpy(plan.timesteps)).eval()
     generator = torch.Generator().manual_seed(_SEED)
+    extra = sample_extra(source.denoiser, count, torch.Generator().manual_seed(_SEED + 1))
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
@@ -101,9 +106,9 @@ def record_teacher(
 
     run_sampler(
         plan,
-        lambda model_input, step: guided(teacher, model_input, step, conditioning, guidance_scale),
+        lambda model_input, step: guided(teacher, model_input, step, conditioning, guidance_scale, extra),
         torch.randn(count, *latent_shape, generator=generator),
         generator=generator,
         on_step=keep,
     )
-    return TeacherSamples(conditioning, guidance_scale, torch.stack(inputs), torch.stack(outputs))
+    return TeacherSamples(conditioning, guidance_scale, torch.stack(inputs), torch.stack(outputs), extra)

@@ -83,7 +83,7 @@ def measure_sites(
     """
     figures: dict[int, list[SiteFigures]] = {step: [] for step in steps}
     for probes, model in _exposed(denoiser):
-        runner = GraphRunner(model, prologue, plan, samples.conditioning)
+        runner = GraphRunner(model, prologue, plan, samples.conditioning, samples.extra)
         row = identity_row(plan.slots)
         for step in steps:
             inputs = samples.model_inputs[step].numpy()

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from sdq_engines.package.schema import EXTRA_CHANNELS
 from sdq_export.graph import NodeList, add_input, constant
 from sdq_export.passes.time_tables import STEP_INPUT
 from sdq_export.sampler.plan import row_length
 
-__all__ = ["SamplerStep"]
+__all__ = ["LatentShape", "SamplerStep"]
+
+LatentShape = tuple[int, int | str, int | str]
 
 _FLOAT = ir.DataType.FLOAT
 
@@ -29,21 +32,24 @@ class SamplerStep(ir.passes.InPlacePass):
     The products are elementwise, not MatMul, so that no engine computes them in TF32 or FP16.
 
     Requires: the graph's first input is the denoiser's sample, its only output the prediction, and ``step`` an input.
-    Ensures: inputs ``latents, history, noise, guidance_scale, step, coefficients`` (without history where H is 0,
-    without noise where the sampler adds none), then the others in their order; outputs ``latents_out, history_out``.
+    Ensures: inputs ``latents, history, noise, guidance_scale, step, coefficients, extra_channels`` (without history
+    where H is 0, without noise where the sampler adds none, without extra channels but for inpainting), then the others
+    in their order; outputs ``latents_out, history_out``.
 
     Args:
         history: H.
         stochastic: whether steps take fresh noise.
-        latent_shape: C, h, w.
+        latent_shape: C, h, w; the last two are names where the size is left free.
+        extra_channels: what an inpainting denoiser takes beside the latents, as one more input of the graph.
     """
 
-    def __init__(self, history: int, stochastic: bool, latent_shape: tuple[int, int, int]) -> None:
+    def __init__(self, history: int, stochastic: bool, latent_shape: LatentShape, extra_channels: int = 0) -> None:
         super().__init__()
         self.history = history
         self.slots = 1 + history
         self.stochastic = stochastic
         self.latent_shape = latent_shape
+        self.extra_channels = extra_channels
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Wrap in place."""
@@ -59,7 +65,7 @@ class SamplerStep(ir.passes.InPlacePass):
         before, after = NodeList(), NodeList()
         coefficients = self._coefficients(graph, before, inputs.coefficients)
         state = self._state(graph, before, inputs)
-        model_input = self._model_input(graph, before, state, coefficients)
+        model_input = self._model_input(graph, before, state, inputs.extra, coefficients)
         graph.insert_before(first, before.nodes)
         ir.convenience.replace_all_uses_with(sample, model_input)
 
@@ -72,9 +78,14 @@ class SamplerStep(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """The graph is a denoiser."""
-        shapes = [list(value.shape or [])[1:] for value in (model.graph.inputs[0], model.graph.outputs[0])]
-        if len(model.graph.outputs) != 1 or any(shape != list(self.latent_shape) for shape in shapes):
-            raise ir.passes.PreconditionError(f"sample and prediction are {shapes}, {self.latent_shape} is wanted")
+        shapes = [
+            [dim if isinstance(dim, int) else str(dim.value) for dim in (value.shape or [])][1:]
+            for value in (model.graph.inputs[0], model.graph.outputs[0])
+        ]
+        channels, *size = self.latent_shape
+        wanted = [[channels + self.extra_channels, *size], [channels, *size]]
+        if len(model.graph.outputs) != 1 or shapes != wanted:
+            raise ir.passes.PreconditionError(f"sample and prediction are {shapes}, {wanted} is wanted")
         if not any(value.name == STEP_INPUT for value in model.graph.inputs):
             raise ir.passes.PreconditionError(f"the graph has no input {STEP_INPUT}")
 
@@ -92,9 +103,11 @@ class SamplerStep(ir.passes.InPlacePass):
         noise = add_input(graph, "noise", _FLOAT, ["batch", *self.latent_shape]) if self.stochastic else None
         guidance_scale = add_input(graph, "guidance_scale", _FLOAT, [])
         graph.inputs.append(step)
-        return _Inputs(
-            latents, history, noise, guidance_scale, add_input(graph, "coefficients", _FLOAT, [row_length(self.slots)])
-        )
+        coefficients = add_input(graph, "coefficients", _FLOAT, [row_length(self.slots)])
+        extra = None
+        if self.extra_channels:
+            extra = add_input(graph, EXTRA_CHANNELS, _FLOAT, ["batch", self.extra_channels, *self.latent_shape[1:]])
+        return _Inputs(latents, history, noise, guidance_scale, coefficients, extra)
 
     def _coefficients(self, graph: ir.Graph, new: NodeList, row: ir.Value) -> _Coefficients:
         """Split the row into M [S, S, 1, 1, 1] and N, C, u [S, 1, 1, 1], ready to multiply states [b, S, C, h, w]."""
@@ -127,15 +140,27 @@ class SamplerStep(ir.passes.InPlacePass):
             attributes={"axis": 1},
         )
 
-    def _model_input(self, graph: ir.Graph, new: NodeList, state: ir.Value, coefficients: _Coefficients) -> ir.Value:
-        """u . state, once for the unconditional half and once for the conditional one, [2*batch, C, h, w]."""
+    def _model_input(
+        self, graph: ir.Graph, new: NodeList, state: ir.Value, extra: ir.Value | None, coefficients: _Coefficients
+    ) -> ir.Value:
+        """u . state and the extra channels, once for the unconditional half and once for the conditional one."""
         product = new.add("Mul", [state, coefficients.u], "sampler/u_state")
         single = self._sum_slots(graph, new, product, "sampler/model_input", 1)
+        channels, *size = self.latent_shape
+        if extra is not None:
+            channels += self.extra_channels
+            single = new.add(
+                "Concat",
+                [single, extra],
+                "sampler/model_input_extra",
+                shape=["batch", channels, *size],
+                attributes={"axis": 1},
+            )
         return new.add(
             "Concat",
             [single, single],
             "sampler/model_input_twice",
-            shape=["2*batch", *self.latent_shape],
+            shape=["2*batch", channels, *size],
             attributes={"axis": 0},
         )
 
@@ -205,6 +230,7 @@ class _Inputs:
     noise: ir.Value | None
     guidance_scale: ir.Value
     coefficients: ir.Value
+    extra: ir.Value | None
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def _compile(scheduler: Any, num_inference_steps: int) -> SamplerPlan:
         scheduler=type(scheduler).__name__,
         config=_plain_config(scheduler),
         num_inference_steps=num_inference_steps,
+        order=int(getattr(scheduler, "order", 1)),
     )
     for start in range(calls):
         _check_linear(scheduler, plan, start)

@@ -69,6 +69,7 @@ class SamplerPlan:
         scheduler: diffusers' class name.
         config: the scheduler's configuration, JSON values only.
         num_inference_steps: what the user asks for; T, the model calls, may be more (PNDM: one more).
+        order: model calls per step where diffusers counts them so; a run from an image begins at a multiple of it.
     """
 
     coefficients: Array
@@ -80,6 +81,7 @@ class SamplerPlan:
     scheduler: str
     config: dict[str, Any]
     num_inference_steps: int
+    order: int = 1
 
     @property
     def calls(self) -> int:
@@ -109,6 +111,7 @@ class SamplerPlan:
             "num_inference_steps": str(self.num_inference_steps),
             "history": str(self.history),
             "stochastic": str(int(self.stochastic)),
+            "order": str(self.order),
         }
         return save({name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}, header)
 
@@ -137,6 +140,7 @@ class SamplerPlan:
                 scheduler=header["scheduler"],
                 config=json.loads(header["config"]),
                 num_inference_steps=int(header["num_inference_steps"]),
+                order=int(header.get("order", "1")),
             )
         except (KeyError, ValueError) as error:
             raise SdqError(f"{path} is not a sampler written by sdq-deploy ({error})") from error

@@ -16,16 +16,17 @@ from sdq_engines.backends.base import BuildJob, BuildResult
 from sdq_engines.backends.kernels import count, tensorrt_layers
 from sdq_engines.backends.nvidia import cuda
 from sdq_engines.backends.nvidia.backend import FP32_OPTION
+from sdq_engines.backends.profiles import extents, fixed_size, input_dims
 from sdq_engines.errors import SdqError
 from sdq_engines.lowering.graph import apply, load_graph
 from sdq_engines.lowering.save import save_graph
-from sdq_engines.package.layout import DENOISER, runs_per_prompt
+from sdq_engines.package.layout import DENOISER
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from sdq_engines.backends.nvidia.backend import Library
-    from sdq_engines.package.schema import ShapeProfile
+    from sdq_engines.package.schema import ModelIO, ShapeProfile
 
 __all__ = ["build_plans"]
 
@@ -42,15 +43,19 @@ def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildRes
     log = _listen(trt)
     files: dict[str, str | None] = {}
     kernels = None
+    io = job.package.manifest.io
     options = {**job.options, FP32_OPTION: _in_fp32(job)}
     for component in job.package.manifest.components:
         job.progress(component, "lowering")
-        graph = apply(load_graph(job.package.component(component)), lowering(component, options))
+        passes = [*fixed_size(component, job.profile, io), *lowering(component, options)]
+        graph = apply(load_graph(job.package.component(component)), passes)
         path = save_graph(graph, job.out / "work" / component)
         job.progress(component, "building")
         log.layers = ""
         files[component] = f"{component}.plan"
-        (job.out / f"{component}.plan").write_bytes(_plan(trt, library, path, shapes(graph, component, job.profile)))
+        (job.out / f"{component}.plan").write_bytes(
+            _plan(trt, library, path, shapes(graph, component, job.profile, io))
+        )
         shutil.rmtree(path.parent)
         if component == DENOISER:
             kernels = count(job.package, tensorrt_layers(log.layers))
@@ -67,23 +72,15 @@ def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value}
 
 
-def shapes(graph: ir.Model, component: str, profile: ShapeProfile) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Each input's (min, opt, max) shape: "batch" counts images; in the text components texts, at most two an image."""
-    sizes = (profile.batch_min, profile.batch_opt, profile.batch_max)
-    if runs_per_prompt(component):
-        sizes = (1, 2, 2 * profile.batch_max)
-    found = {}
-    for value in graph.graph.inputs:
-        assert value.shape is not None
-        assert value.name is not None
-        found[value.name] = tuple(tuple(_extent(dim, size) for dim in value.shape) for size in sizes)
-    return found
-
-
-def _extent(dim: ir.SymbolicDim | int, batch: int) -> int:
-    if isinstance(dim, int):
-        return dim
-    return {"batch": batch, "2*batch": 2 * batch}[str(dim.value).replace(" ", "")]
+def shapes(
+    graph: ir.Model, component: str, profile: ShapeProfile, io: ModelIO
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Each input's (min, opt, max) shape; see `backends.profiles.extents`."""
+    free = extents(component, profile, io)
+    return {
+        name: tuple(tuple(dim if isinstance(dim, int) else free[dim][at] for dim in dims) for at in range(3))
+        for name, dims in input_dims(graph).items()
+    }
 
 
 def _plan(trt: Any, library: Library, path: Path, shapes: dict[str, tuple[tuple[int, ...], ...]]) -> bytes:

@@ -116,7 +116,7 @@ class NvidiaComponent:
                 raise SdqError(
                     f"The {self.name} engine was built for {tensor} of shape {tuple(low)} to {tuple(high)}; "
                     f"{tuple(shape)} was asked for.",
-                    "Ask for fewer images at once, or build with a larger --batch-max.",
+                    "Ask for fewer images at once, or build with a larger --batch-max or --size.",
                 )
             self.context.set_input_shape(tensor, shape)
         for tensor in (*self.inputs, *self.outputs):
@@ -218,3 +218,6 @@ class NvidiaStepper:
 
     def latents(self) -> np.ndarray:
         return self.denoiser.buffers["latents"].download(self.stream)
+
+    def replace(self, latents: np.ndarray) -> None:
+        self.denoiser.buffers["latents"].upload(latents, self.stream)

@@ -1,0 +1,167 @@
+"""Packages whose size is free: equal to diffusers at several sizes, refused in one sentence outside of the profile."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from sdq_engines import Pipeline
+from sdq_engines.build import build_engine
+from sdq_engines.errors import SdqError
+from sdq_engines.lowering.fix_dims import FixDims
+from sdq_engines.lowering.graph import load_graph
+from sdq_engines.package.schema import ShapeProfile
+from sdq_engines.package.store import Package
+from sdq_engines.sizes import profile_of_sizes
+from sdq_export.engines import check_built_engine
+from sdq_export.sampler import make_scheduler
+from sdq_export.source import Source
+from sdq_export.writer import ExportResult, export_package
+from tests.export.conftest import GUIDANCE, plan_of
+from tests.export.quantized import quantized_checkpoint
+
+STEPS, PROMPT = 4, "a red circle"
+SIZES = [(64, 64), (96, 64), (64, 128)]  # (height, width)
+
+
+@pytest.fixture(scope="module")
+def free(source: Source, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """FP32, DPM++ 2M, any size."""
+    out = tmp_path_factory.mktemp("free") / "package"
+    return export_package(
+        source, out, plan_of(source, "dpmpp-2m", STEPS), GUIDANCE, dtype="fp32", dynamic_size=True
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def package(free: ExportResult) -> Package:
+    """Built for all of `SIZES`."""
+    made = free.package
+    for engine in ("onnxruntime", "openvino"):
+        made = build_engine(made, engine, profile_of_sizes(ShapeProfile(batch_max=2), SIZES))
+        made, criterion = check_built_engine(made, engine, free)
+        assert criterion is not None
+    return made
+
+
+def by_diffusers(source: Source, size: tuple[int, int], **options: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Latents, and the image rounded to 8 bits, of seed 7."""
+    kind = "StableDiffusionImg2ImgPipeline" if "image" in options else "StableDiffusionPipeline"
+    shape = {} if "image" in options else {"height": size[0], "width": size[1]}
+    pipeline = source.pipeline(make_scheduler("dpmpp-2m", source.scheduler.config), kind)
+    latents = pipeline(
+        PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(7),
+        output_type="latent", **shape, **options,
+    ).images  # fmt: skip
+    with torch.no_grad():
+        decoded = source.vae.decode(latents / source.vae.config.scaling_factor, return_dict=False)[0]
+    return latents.numpy(), np.round(pipeline.image_processor.postprocess(decoded, output_type="np") * 255) / 255
+
+
+def require_equal(pipeline: Pipeline, wanted: tuple[NDArray[Any], NDArray[Any]], **options: Any) -> None:
+    made = pipeline(PROMPT, seed=7, guidance_scale=GUIDANCE, **options)
+    image = np.asarray(made.images[0], np.float64) / 255
+    assert -10 * np.log10(np.mean((image - wanted[1][0]) ** 2) + 1e-12) >= 50
+    assert np.linalg.norm(made.latents - wanted[0]) / np.linalg.norm(wanted[0]) < 1e-4
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_every_size_of_the_profile_equals_diffusers(
+    source: Source, package: Package, engine: str, size: tuple[int, int]
+) -> None:
+    pipeline = Pipeline.from_package(package, engine)
+    require_equal(pipeline, by_diffusers(source, size), height=size[0], width=size[1])
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_image_of_another_size_is_a_start_as_well(source: Source, package: Package, engine: str) -> None:
+    random = np.random.default_rng(0)
+    photo = Image.fromarray(random.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((128, 64))
+    wanted = by_diffusers(source, (64, 128), image=photo, strength=0.5)
+    require_equal(Pipeline.from_package(package, engine), wanted, height=64, width=128, image=photo, strength=0.5)
+
+
+def test_one_pipeline_goes_from_size_to_size(package: Package) -> None:
+    """State, prompts and buffers of one call do not reach the next."""
+    pipeline = Pipeline.from_package(package, "openvino")
+    first = pipeline(PROMPT, seed=7).latents
+    assert first.shape == (1, 4, 8, 8)
+    assert pipeline(PROMPT, seed=7, height=96, num_images_per_prompt=2).latents.shape == (2, 4, 12, 8)
+    assert np.array_equal(pipeline(PROMPT, seed=7).latents, first)
+
+
+def test_the_manifest_and_parity_say_so(package: Package) -> None:
+    content = json.loads((package.folder / "manifest.json").read_text(encoding="utf-8"))
+    assert content["io"]["size_multiple"] == 32
+    assert content["io"]["image_size"] == [64, 64]
+    profile = content["engines"]["openvino"]["profile"]
+    assert (profile["size_min"], profile["size_opt"], profile["size_max"]) == ([64, 64], [64, 64], [96, 128])
+    other = {name for name in content["fidelity"]["parity"] if name.endswith("_other_size")}
+    assert other == {"float_graph_other_size", "vae_decoder_other_size", "vae_encoder_other_size"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message", "hint"),
+    [
+        ({"height": 160}, "openvino engine was built for images of 64x64 to 128x96; 64x160 was asked for",
+         "--engine openvino --size 64x64 --size 128x96 --size 64x160"),
+        ({"width": 32}, "built for images of 64x64 to 128x96; 32x64", "--size 32x64"),
+        ({"height": 70}, "64x70 is no size of this package: width and height are multiples of 32", "64x64"),
+    ],
+)  # fmt: skip
+def test_a_size_outside_the_profile_is_one_sentence(
+    package: Package, asked: dict[str, int], message: str, hint: str
+) -> None:
+    with pytest.raises(SdqError, match=message) as refused:
+        Pipeline.from_package(package, "openvino")(PROMPT, **asked)  # type: ignore[arg-type]
+    assert hint in refused.value.hint
+
+
+def test_a_package_of_one_size_says_how_to_get_others(float_package: ExportResult) -> None:
+    with pytest.raises(SdqError, match="images of 64x64 only; 96x64 was asked for") as refused:
+        build_engine(float_package.package, "openvino", profile_of_sizes(ShapeProfile(), [(64, 96)]))
+    assert "--dynamic-size" in refused.value.hint
+    made = build_engine(float_package.package, "onnxruntime")
+    pipeline = Pipeline.from_package(made, "onnxruntime")
+    with pytest.raises(SdqError, match="cannot honour width=96") as refused:
+        pipeline(PROMPT, width=96)
+    assert "--dynamic-size" in refused.value.hint
+    assert pipeline(PROMPT, seed=1, height=64, width=64).images[0].size == (64, 64)
+
+
+def test_a_size_is_written_into_the_graph_for_an_engine_of_one_size(package: Package) -> None:
+    for component in ("denoiser", "vae_decoder", "vae_encoder"):
+        graph = load_graph(package.component(component))
+        FixDims({"height": 8, "width": 16, "image_height": 64, "image_width": 128})(graph)
+        for value in (*graph.graph.inputs, *graph.graph.outputs):
+            if value.shape is not None and len(value.shape) >= 4:
+                assert value.shape[-2:] in ((8, 16), (64, 128)), value
+    wrong = ShapeProfile(size_min=(96, 64), size_opt=(64, 64), size_max=(96, 64))
+    with pytest.raises(SdqError, match="in order"):
+        build_engine(package, "onnxruntime", wrong)
+
+
+def test_a_quantized_denoiser_of_free_size_keeps_its_integer_kernels(source: Source, tmp_path: Any) -> None:
+    """Built for a range of sizes and for one size, by OpenVINO and by TensorRT-RTX's builder."""
+    plan = plan_of(source, "ddim", 3)
+    checkpoint = quantized_checkpoint(source, plan, "w4a8")
+    result = export_package(
+        source, tmp_path / "package", plan, GUIDANCE, checkpoint=checkpoint, dynamic_size=True
+    )  # fmt: skip
+    package = result.package
+    layers = len(checkpoint.spec.weights)
+    for sizes in (SIZES, []):
+        for engine in ("openvino", "tensorrt-rtx"):
+            package = build_engine(package, engine, profile_of_sizes(ShapeProfile(), sizes))
+            package, _ = check_built_engine(package, engine, result)
+            kernels = package.manifest.engines[engine].kernels
+            assert kernels is not None
+            assert kernels.quantized_layers == layers
+            assert kernels.int8 >= 0.95 * layers, kernels.fallback
