@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -255,3 +256,22 @@ def test_the_encoder_can_be_left_out_but_not_of_an_inpainting_package(
     with pytest.raises(SdqError, match="inpainting model needs its VAE encoder"):
         export_package(inpainting_source, tmp_path / "nine", plan, GUIDANCE, vae_encoder=False)
     assert not (tmp_path / "nine").exists()
+
+
+def test_a_scheduler_of_second_order_begins_at_a_whole_step(source: Source, tmp_path: Path) -> None:
+    """Heun makes two model calls a step; diffusers' strength counts steps."""
+    scheduler = HeunDiscreteScheduler.from_config(source.scheduler.config)
+    plan = compile_sampler(scheduler, 5)
+    assert (plan.order, plan.calls) == (2, 9)
+    made = export_package(source, tmp_path / "package", plan, GUIDANCE, dtype="fp32", vae_encoder=True)
+    pipeline = Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
+    wanted = source.pipeline(scheduler, IMAGE_TO_IMAGE)(
+        PROMPTS[0], image=picture(1), strength=0.5, num_inference_steps=5, guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(3), output_type="latent",
+    ).images.numpy()  # fmt: skip
+    heard: list[int] = []
+    found = pipeline(
+        PROMPTS[0], image=picture(1), strength=0.5, seed=3, callback=lambda event: heard.append(event.num_steps)
+    ).latents
+    assert heard == [3] * 3  # two of five steps, the last of which needs no second call
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-4

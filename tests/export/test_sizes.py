@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,12 @@ from sdq_engines.package.schema import ShapeProfile
 from sdq_engines.package.store import Package
 from sdq_engines.sizes import profile_of_sizes
 from sdq_export.engines import check_built_engine
-from sdq_export.sampler import make_scheduler
-from sdq_export.source import Source
+from sdq_export.sampler import compile_sampler, make_scheduler
+from sdq_export.source import Source, load_source
 from sdq_export.writer import ExportResult, export_package
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
+from tests.tiny import write_tiny_sd3, write_tiny_sdxl
 
 STEPS, PROMPT = 4, "a red circle"
 SIZES = [(64, 64), (96, 64), (64, 128)]  # (height, width)
@@ -86,6 +89,31 @@ def test_an_image_of_another_size_is_a_start_as_well(source: Source, package: Pa
     photo = Image.fromarray(random.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((128, 64))
     wanted = by_diffusers(source, (64, 128), image=photo, strength=0.5)
     require_equal(Pipeline.from_package(package, engine), wanted, height=64, width=128, image=photo, strength=0.5)
+
+
+def test_stable_diffusion_xl_is_told_the_size_that_is_made(tmp_path: Path) -> None:
+    source = load_source(write_tiny_sdxl(tmp_path / "source"))
+    plan = compile_sampler(source.scheduler, STEPS)
+    made = export_package(source, tmp_path / "package", plan, GUIDANCE, dtype="fp32", dynamic_size=True)
+    package = build_engine(made.package, "onnxruntime", profile_of_sizes(ShapeProfile(), [(96, 64), (64, 64)]))
+    wanted = source.pipeline(copy.deepcopy(source.scheduler))(
+        PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(7),
+        height=96, width=64, output_type="latent",
+    ).images.numpy()  # fmt: skip
+    pipeline = Pipeline.from_package(package, "onnxruntime")
+    sizes = {"height": 96, "width": 64, "seed": 7, "guidance_scale": GUIDANCE}
+    found = pipeline(PROMPT, **sizes).latents
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-4
+    told_another = pipeline(PROMPT, original_size=(64, 64), target_size=(64, 64), **sizes).latents
+    assert np.linalg.norm(told_another - wanted) / np.linalg.norm(wanted) > 1e-4
+
+
+def test_stable_diffusion_3_is_of_one_size(tmp_path: Path) -> None:
+    source = load_source(write_tiny_sd3(tmp_path / "source"))
+    plan = compile_sampler(source.scheduler, 2)
+    with pytest.raises(SdqError, match="height and width cannot be left free"):
+        export_package(source, tmp_path / "package", plan, GUIDANCE, dynamic_size=True)
+    assert not (tmp_path / "package").exists()
 
 
 def test_one_pipeline_goes_from_size_to_size(package: Package) -> None:
