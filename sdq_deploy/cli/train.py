@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, console, print_json, require_extra
+from sdq_deploy.cli.shared import JsonOption, console, print_json, require_extra, status_console
 
 __all__ = ["register"]
 
@@ -82,6 +82,10 @@ def train(
     dataset: Annotated[
         Path | None, typer.Option("--dataset", metavar="RUN", help="Take over another run's serial dataset if it fits.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Fuse an adapter into the model first; repeatable."),
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what RUN holds; options given here win.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
@@ -114,6 +118,8 @@ def train(
     overrides = parse_assignments(assignments or []) | {
         key: value for key, value in options.items() if value is not None
     }
+    if lora:
+        model, revision = _fused(model, revision, lora, out), None
     settings = resolve_settings(
         model,
         out,
@@ -133,6 +139,17 @@ def train(
         return
     ran = run_training(settings, resume=resume, dataset=dataset, cpu=cpu)
     _print_result(out, ran, json)
+
+
+def _fused(model: str, revision: str | None, loras: list[str], out: Path) -> str:
+    """Where the model with its adapters is: beside the run, which will name it as its source."""
+    from sdq_deploy.lora import fuse_loras, parse_lora
+    from sdq_deploy.models import resolve_model
+
+    adapters = [parse_lora(text) for text in loras]
+    folder = fuse_loras(resolve_model(model), revision, adapters, out.with_name(f"{out.name}-model"))
+    status_console.print(f"{len(adapters)} adapter(s) fused into the model at {folder}", markup=False, soft_wrap=True)
+    return str(folder)
 
 
 def _trajectory(notes: dict[str, Any]) -> str:
