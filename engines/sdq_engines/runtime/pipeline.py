@@ -17,20 +17,19 @@ import numpy as np
 from sdq_engines.backends.base import Arrays, Session
 from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER, VAE_ENCODER
+from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER
 from sdq_engines.package.schema import Size
 from sdq_engines.package.store import Package, Verify, open_package
 from sdq_engines.runtime.beginning import (
     Beginning,
-    Moments,
-    Original,
     begin_from_noise,
     begin_from_originals,
     first_call,
 )
 from sdq_engines.runtime.loop import LoopTime, StepEvent, denoise
 from sdq_engines.runtime.noise import NoiseStream
-from sdq_engines.runtime.pictures import Pictured, mask_pixels, one_each, open_picture, pixels
+from sdq_engines.runtime.originals import ImageEncoder
+from sdq_engines.runtime.pictures import Pictured
 from sdq_engines.runtime.prompts import ImageSize, PromptEncoder
 from sdq_engines.runtime.requests import (
     ImageRequest,
@@ -41,7 +40,7 @@ from sdq_engines.runtime.requests import (
     refuse_others,
 )
 from sdq_engines.runtime.sampler import SamplerTables
-from sdq_engines.sizes import requested_size, source_of
+from sdq_engines.sizes import requested_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,6 +73,7 @@ class Pipeline:
         self.manifest = package.manifest
         self.prompts = PromptEncoder(package, session)
         self._tables = SamplerTables.load(package.path(SAMPLER))
+        self._encoder = ImageEncoder(package, session)
 
     @classmethod
     def load(cls, folder: str | Path, engine: str = AUTO, verify: Verify = "full", **options: Any) -> Pipeline:
@@ -221,59 +221,19 @@ class Pipeline:
         """Without an image an inpainting denoiser paints the whole of a grey one."""
         grey = None
         if self.manifest.io.extra_channels:
-            grey = self.encode_image(np.zeros((3, *size), np.float32)).mean
+            grey = self._encoder.encode(np.zeros((3, *size), np.float32)).mean
         return lambda _, streams: begin_from_noise(self._tables, streams, self.latent_shape(size), grey)
 
     def _from_originals(self, image: Any, mask_image: Any, strength: float, prompts: int, size: Size) -> Begin:
-        """Every different image of the call is encoded once, before the first batch."""
+        """The images of the call are encoded before the first batch."""
         call = first_call(self.manifest.sampler, strength)
-        pairs = zip(one_each(image, prompts, "image"), one_each(mask_image, prompts, "mask_image"), strict=True)
-        made: dict[tuple[int, int], Original] = {}
-        originals = []
-        for pictured, mask in pairs:
-            key = (id(pictured), id(mask))
-            if key not in made:
-                made[key] = self._original(pictured, mask, size)
-            originals.append(made[key])
+        originals = self._encoder.originals(image, mask_image, prompts, size)
 
         def begin(requests: Sequence[ImageRequest], streams: Sequence[NoiseStream]) -> Beginning:
             chosen = [originals[request.prompt_index] for request in requests]
             return begin_from_originals(self._tables, call, strength, chosen, streams)
 
         return begin
-
-    def _original(self, pictured: Pictured, mask_image: Pictured | None, size: Size) -> Original:
-        image = pixels(open_picture(pictured, "image"), size)
-        if mask_image is None:
-            return Original(self.encode_image(image))
-        mask = mask_pixels(open_picture(mask_image, "mask_image"), size)
-        masked = self.encode_image(image * (mask < 0.5)) if self.manifest.io.extra_channels else None
-        factor = size[0] // self.latent_shape(size)[1]
-        return Original(self.encode_image(image), mask[:, ::factor, ::factor], masked)
-
-    def encode_image(self, image: np.ndarray) -> Moments:
-        """The VAE encoder's distribution of latents for pixels [3, height, width] in [-1, 1].
-
-        Raises:
-            SdqError: the package, or the engine, has no VAE encoder.
-        """
-        self._require_encoder()
-        moments = self.session.component(VAE_ENCODER).run({"images": image[None]})["latent_moments"]
-        mean, std = np.split(moments[0].astype(np.float32), 2)
-        return Moments(mean, std)
-
-    def _require_encoder(self) -> None:
-        folder = self.package.folder
-        if VAE_ENCODER not in self.manifest.components:
-            raise SdqError(
-                f"The package at {folder} has no VAE encoder, so it cannot start from an image.",
-                f"Export it again: sdq-deploy export {source_of(self.manifest)} --out {folder}",
-            )
-        if VAE_ENCODER not in self.session.entry.components:
-            raise SdqError(
-                f"The {self.engine} engine of {folder} was built without the VAE encoder.",
-                f"Build it again: sdq-deploy build {folder} --engine {self.engine}",
-            )
 
     def _decode(self, latents: np.ndarray) -> list[Image]:
         from PIL import Image as images
