@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,9 +71,23 @@ def make_reference(
 
 
 def make_denoiser(
-    source: Source, plan: SamplerPlan, reference: StepDenoiser, checkpoint: QuantizedCheckpoint | None, dtype: Dtype
+    source: Source,
+    plan: SamplerPlan,
+    reference: StepDenoiser,
+    checkpoint: QuantizedCheckpoint | None,
+    dtype: Dtype,
+    int8_layers: Collection[str] = (),
 ) -> DenoiserGraphs:
-    """Capture the source's denoiser, give it the reference's weights, and run the passes."""
+    """Capture the source's denoiser, give it the reference's weights, and run the passes.
+
+    Args:
+        source: the checkpoint.
+        plan: the sampler.
+        reference: has the weights that the graphs get.
+        checkpoint: the sites, for a quantized denoiser.
+        dtype: how floating-point weights are stored.
+        int8_layers: of the prologue, whose weights the reference has rounded to INT8.
+    """
     family, shape = source.family, source.family.latent_shape(source)
     captured = _capture_once(source, DENOISER, lambda: family.capture_denoiser(source.denoiser, shape, _tokens(source)))
     # the time path is in the denoiser alone: its tables come from the source's own weights, as in training
@@ -87,6 +101,7 @@ def make_denoiser(
         spec=checkpoint.spec if checkpoint else None,
         tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
         store_fp16=dtype == "fp16",
+        int8_layers=int8_layers,
     )
 
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -26,6 +27,7 @@ from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.components import Components, Dtype, make_denoiser, make_reference, make_text_encoder, make_vae_decoder
 from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
 from sdq_export.parity.components import check_text_encoder, check_vae_decoder
+from sdq_export.parity.prologue import round_prologue_
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import notice, source_info, tool_versions
@@ -33,7 +35,9 @@ from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.source import Source
 from sdq_export.tokenizer import text_info, tokenizer_json
 
-__all__ = ["ExportResult", "OnStage", "export_package"]
+__all__ = ["ExportResult", "OnStage", "PrologueDtype", "export_package"]
+
+PrologueDtype = Literal["fp16", "int8"]
 
 _STAGING = ".staging-"
 
@@ -63,6 +67,7 @@ def export_package(
     *,
     checkpoint: QuantizedCheckpoint | None = None,
     dtype: Dtype = "fp16",
+    prologue: PrologueDtype = "fp16",
     prompts: Sequence[str] = PARITY_PROMPTS,
     on_stage: OnStage = lambda name, done, total: None,
 ) -> ExportResult:
@@ -75,6 +80,7 @@ def export_package(
         guidance_scale: the package's default.
         checkpoint: the quantized denoiser; None exports the source in floating point.
         dtype: how floating-point weights are stored.
+        prologue: how those of a quantized package's prologue are: "int8" is gated by its own parity criterion.
         prompts: for the parity samples.
         on_stage: hears what is being done.
 
@@ -82,9 +88,13 @@ def export_package(
         SdqError: the model has an unsupported form, the folder is not ours, or parity fails (nothing is written then).
     """
     _check_match(source, plan, checkpoint)
+    if prologue == "int8" and checkpoint is None:
+        raise SdqError("An INT8 prologue is for quantized packages.", "Leave --prologue out, or export a training run.")
     with _claimed(out) as folder:
         source.family.check_source(source)
-        components, report, samples = _make(source, plan, guidance_scale, checkpoint, dtype, prompts, on_stage)
+        components, report, samples = _make(
+            source, plan, guidance_scale, checkpoint, dtype, prologue, prompts, on_stage
+        )
         report.require()
         on_stage("writing", 0, 0)
         manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report)
@@ -129,6 +139,7 @@ def _make(
     guidance_scale: float,
     checkpoint: QuantizedCheckpoint | None,
     dtype: Dtype,
+    prologue: PrologueDtype,
     prompts: Sequence[str],
     on_stage: OnStage,
 ) -> tuple[Components, ParityReport, TeacherSamples]:
@@ -145,7 +156,12 @@ def _make(
     steps = _parity_steps(plan.calls, (time.perf_counter() - started) / plan.calls)
     on_stage("capturing the denoiser", 0, 0)
     reference = make_reference(source, plan, checkpoint, dtype)
-    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype)
+    others, int8_layers = [], list[str]()
+    if prologue == "int8":
+        on_stage("parity, INT8 prologue", 0, 0)
+        int8_layers, criterion = round_prologue_(reference, samples, steps)
+        others.append(criterion)
+    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype, int8_layers)
     report = check_graphs(
         denoiser,
         plan,
@@ -155,7 +171,6 @@ def _make(
         steps,
         on_stage=lambda name, done, total: on_stage(f"parity, {name.replace('_', ' ')}", done, total),
     )
-    others = []
     text_encoders = {}
     for encoder in source.family.text_encoders:
         on_stage(f"capturing the {encoder.component.replace('_', ' ')}", 0, 0)
