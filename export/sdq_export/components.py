@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,10 +89,18 @@ def make_denoiser(
     checkpoint: QuantizedCheckpoint | None,
     dtype: Dtype,
     free_size: bool = False,
+    int8_layers: Collection[str] = (),
 ) -> DenoiserGraphs:
     """Capture the source's denoiser, give it the reference's weights, and run the passes.
 
-    With `free_size` height and width of the latents are symbols.
+    Args:
+        source: the checkpoint.
+        plan: the sampler.
+        reference: has the weights that the graphs get.
+        checkpoint: the sites, for a quantized denoiser.
+        dtype: how floating-point weights are stored.
+        free_size: height and width of the latents are symbols.
+        int8_layers: of the prologue, whose weights the reference has rounded to INT8.
 
     Raises:
         SdqError: the denoiser has an unsupported form, or is of one size and ought to be of any.
@@ -120,6 +128,7 @@ def make_denoiser(
         tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
         store_fp16=dtype == "fp16",
         extra_channels=family.extra_channels(original),
+        int8_layers=int8_layers,
     )
 
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -35,6 +36,7 @@ from sdq_export.components import (
 from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
 from sdq_export.parity.components import check_text_encoder, check_vae_decoder, check_vae_encoder
 from sdq_export.parity.other_size import check_other_size
+from sdq_export.parity.prologue import round_prologue_
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import notice, source_info, tool_versions
@@ -42,7 +44,9 @@ from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.source import Source
 from sdq_export.tokenizer import text_info, tokenizer_json
 
-__all__ = ["ExportResult", "OnStage", "export_package"]
+__all__ = ["ExportResult", "OnStage", "PrologueDtype", "export_package"]
+
+PrologueDtype = Literal["fp16", "int8"]
 
 _STAGING = ".staging-"
 
@@ -72,6 +76,7 @@ def export_package(
     *,
     checkpoint: QuantizedCheckpoint | None = None,
     dtype: Dtype = "fp16",
+    prologue: PrologueDtype = "fp16",
     prompts: Sequence[str] = PARITY_PROMPTS,
     vae_encoder: bool = True,
     dynamic_size: bool = False,
@@ -86,6 +91,7 @@ def export_package(
         guidance_scale: the package's default.
         checkpoint: the quantized denoiser; None exports the source in floating point.
         dtype: how floating-point weights are stored.
+        prologue: how those of a quantized package's prologue are: "int8" is gated by its own parity criterion.
         prompts: for the parity samples.
         vae_encoder: whether the package may start from images.
         dynamic_size: leave height and width free in the graphs, for engines of other sizes.
@@ -95,13 +101,15 @@ def export_package(
         SdqError: the model has an unsupported form, the folder is not ours, or parity fails (nothing is written then).
     """
     _check_match(source, plan, checkpoint)
+    if prologue == "int8" and checkpoint is None:
+        raise SdqError("An INT8 prologue is for quantized packages.", "Leave --prologue out, or export a training run.")
     source = source.for_spec(checkpoint.spec if checkpoint else None)
     with _claimed(out) as folder:
         source.family.check_source(source)
         _check_encoder(source, vae_encoder)
         multiple = _size_multiple(source) if dynamic_size else None
         components, report, samples = _make(
-            source, plan, guidance_scale, checkpoint, dtype, prompts, vae_encoder, dynamic_size, on_stage
+            source, plan, guidance_scale, checkpoint, dtype, prologue, prompts, vae_encoder, dynamic_size, on_stage
         )
         report.require()
         on_stage("writing", 0, 0)
@@ -160,6 +168,7 @@ def _make(
     guidance_scale: float,
     checkpoint: QuantizedCheckpoint | None,
     dtype: Dtype,
+    prologue: PrologueDtype,
     prompts: Sequence[str],
     vae_encoder: bool,
     dynamic_size: bool,
@@ -178,7 +187,12 @@ def _make(
     steps = _parity_steps(plan.calls, (time.perf_counter() - started) / plan.calls)
     on_stage("capturing the denoiser", 0, 0)
     reference = make_reference(source, plan, checkpoint, dtype)
-    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype, dynamic_size)
+    others, int8_layers = [], list[str]()
+    if prologue == "int8":
+        on_stage("parity, INT8 prologue", 0, 0)
+        int8_layers, criterion = round_prologue_(reference, samples, steps)
+        others.append(criterion)
+    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype, dynamic_size, int8_layers)
     report = check_graphs(
         denoiser,
         plan,
@@ -188,7 +202,6 @@ def _make(
         steps,
         on_stage=lambda name, done, total: on_stage(f"parity, {name.replace('_', ' ')}", done, total),
     )
-    others = []
     text_encoders = {}
     for text_encoder in source.family.text_encoders:
         on_stage(f"capturing the {text_encoder.component.replace('_', ' ')}", 0, 0)

@@ -57,6 +57,10 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="How floating-point weights are stored: fp16, or fp32 (an unquantized model only).")
     ] = "fp16",
+    prologue: Annotated[
+        str,
+        typer.Option(help="A RUN's prologue is stored in fp16, or in int8, half of it, if parity holds."),
+    ] = "fp16",
     scheduler: Annotated[str | None, typer.Option(help="A MODEL's sampler; its own if not given.")] = None,
     num_inference_steps: Annotated[
         int | None, typer.Option(help="A MODEL's steps; its pipeline's own if not given.")
@@ -90,7 +94,7 @@ def export(
     from sdq_engines.build import choose_engine
     from sdq_engines.sizes import parse_size, profile_of_sizes
 
-    stored = _dtype(dtype)
+    stored, prologue_stored = _dtype(dtype), _prologue(prologue)
     profile = profile_of_sizes(_profile(batch), [parse_size(text) for text in size or []])
     if size and not dynamic_size:
         raise SdqError("--size needs graphs whose size is free.", "Add --dynamic-size.")
@@ -119,6 +123,7 @@ def export(
             dtype=stored,
             vae_encoder=vae_encoder,
             dynamic_size=dynamic_size,
+            prologue=prologue_stored,
             on_stage=on_stage,
         )
     if not json:
@@ -133,6 +138,12 @@ def _dtype(name: str) -> Literal["fp32", "fp16"]:
     if name in ("fp32", "fp16"):
         return cast(Literal["fp32", "fp16"], name)
     raise SdqError(f"There is no dtype {name!r}.", "Give --dtype fp16 or --dtype fp32.")
+
+
+def _prologue(name: str) -> Literal["fp16", "int8"]:
+    if name in ("fp16", "int8"):
+        return cast(Literal["fp16", "int8"], name)
+    raise SdqError(f"The prologue is not stored in {name!r}.", "Give --prologue fp16 or --prologue int8.")
 
 
 def _profile(batch: str) -> ShapeProfile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,17 @@ import torch
 from onnx_ir.passes.common import CheckerPass
 from torch import Tensor
 
+from benchmarks.checkpoints import randomize_
 from sdq_engines import Pipeline
 from sdq_engines.backends.registry import backend
 from sdq_engines.build import build_engine
+from sdq_engines.errors import SdqError
+from sdq_engines.package.layout import PROLOGUE
 from sdq_export.conditioning import Conditioning
 from sdq_export.denoiser import build_denoiser, run_passes
 from sdq_export.engines import check_built_engine
 from sdq_export.families.sd3 import StableDiffusion3, StableDiffusion3WithT5
+from sdq_export.int8_storage import as_integers, round_to_int8_
 from sdq_export.parity.graphs import GraphRunner, open_graph
 from sdq_export.passes.modulation import CONTEXT
 from sdq_export.sampler import SamplerPlan, compile_sampler
@@ -162,6 +167,29 @@ def test_the_float_graph_is_torchs_step_denoiser(source: Source, plan: SamplerPl
         assert np.linalg.norm(runner.output(latents, step, 7.0) - wanted) / np.linalg.norm(wanted) < 1e-4
 
 
+def test_the_blocks_of_stable_diffusion_3_5(source: Source, plan: SamplerPlan, tmp_path: Path) -> None:
+    """Two attentions in the first block, their own normalization, and normalized queries and keys."""
+    config = {key: value for key, value in source.denoiser.config.items() if not key.startswith("_")}
+    model = type(source.denoiser)(**config | {"dual_attention_layers": (0,), "qk_norm": "rms_norm", "num_layers": 2})
+    changed = copy.copy(source)
+    changed._parts = {**source._parts, "transformer": randomize_(model)}
+    spec = find_sites(model, STEPS, "w8a8", keep=KEEP)
+    second = spec.activation_of["transformer_blocks.0.attn2.to_k"]
+    assert second.consumers == tuple(f"transformer_blocks.0.attn2.{part}" for part in ("to_q", "to_k", "to_v"))
+    captured = source.family.capture_denoiser(model, source.family.latent_shape(source), 16)
+    graphs = float_graphs(changed, plan, captured)
+    rows = {value.name: value.shape for value in graphs.prologue.graph.outputs}
+    assert rows["transformer_blocks.0.norm1.modulation"] == ir.Shape(["batch", STEPS, 9 * 32])
+    latents, prompts = inputs(source)
+    both = Conditioning.cat([prompts, prompts[[1, 0]]])
+    reference = StepDenoiser(copy.deepcopy(model), torch.from_numpy(plan.timesteps))
+    with torch.no_grad():
+        blank, told = reference(torch.cat([latents, latents]), torch.tensor(1), both).chunk(2)
+    wanted = (blank + 2 * (told - blank)).numpy()
+    found = GraphRunner(graphs.denoiser, graphs.prologue, plan, both).output(latents, 1, 2.0)
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-4
+
+
 def test_nothing_of_the_time_path_is_left(source: Source, plan: SamplerPlan, captured: ir.Model) -> None:
     graphs = float_graphs(source, plan, captured)
     assert not [node.name for node in graphs.denoiser.graph if "time_text" in (node.name or "")]
@@ -236,3 +264,57 @@ def test_engines_take_it(quantized_package: ExportResult, engine: str) -> None:
         assert criterion is not None
         assert criterion.passed
         assert Pipeline.load(package.folder, engine=engine)("a red circle", seed=1).images[0].size == (64, 64)
+
+
+def test_an_int8_prologue_is_gated_and_smaller(source: Source, plan: SamplerPlan, tmp_path: Path) -> None:
+    checkpoint = quantized_checkpoint(source, plan, "w4a8", keep=KEEP)
+    plain = export_package(source, tmp_path / "fp16", plan, 7.0, checkpoint=checkpoint)
+    small = export_package(source, tmp_path / "int8", plan, 7.0, checkpoint=checkpoint, prologue="int8")
+    criterion = next(each for each in small.report.criteria if each.name == "int8_prologue")
+    assert criterion.passed
+    assert 1 < max(criterion.per_step) < 1.01
+    weights = {}
+    for result in (plain, small):
+        graph = ir.load(result.package.component(PROLOGUE)).graph
+        weights[result] = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value)
+    assert weights[small] < 0.65 * weights[plain]
+    # norms, context and text embedder: every weight of the prologue
+    stored = ir.load(small.package.component(PROLOGUE)).graph.initializers.values()
+    assert sum(value.dtype == ir.DataType.INT8 for value in stored) == 7 + 1 + 2
+    package, criterion = check_built_engine(build_engine(small.package, "onnxruntime"), "onnxruntime", small)
+    assert criterion is not None
+    assert criterion.passed
+    build_engine(package, "tensorrt-rtx")
+    with pytest.raises(SdqError, match="quantized packages"):
+        export_package(source, tmp_path / "float", plan, 7.0, prologue="int8")
+
+
+def test_an_int8_prologue_that_costs_too_much_is_refused(
+    source: Source, plan: SamplerPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdq_export.int8_storage._LARGEST", 3)  # a grid of seven values
+    checkpoint = quantized_checkpoint(source, plan, "w8a8", keep=KEEP)
+    with pytest.raises(SdqError, match="int8_prologue"):
+        export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint, prologue="int8")
+    assert not (tmp_path / "package").exists()
+
+
+def test_int8_integers_are_found_again_exactly() -> None:
+    linear = torch.nn.Linear(64, 33)
+    with torch.no_grad():
+        linear.weight.mul_(10.0 ** torch.linspace(-7, 3, 33)[:, None])
+        linear.weight[5] = 0
+    before = linear.weight.clone()
+    holder = SimpleNamespace(model=torch.nn.Sequential(linear))
+    round_to_int8_(holder, ["0"])  # type: ignore[arg-type]
+    found = as_integers(linear.weight.detach().numpy(), 0)
+    assert found is not None
+    integers, scale = found
+    assert integers.min() >= -127
+    assert (np.abs(integers).max(axis=1)[np.arange(33) != 5] == 127).all()
+    assert np.array_equal(integers.astype(np.float32) * scale[:, None], linear.weight.detach().numpy())
+    assert ((linear.weight - before).abs() <= torch.from_numpy(scale)[:, None] / 2).all()
+    assert as_integers(before.numpy(), 0) is None
+    transposed = as_integers(np.ascontiguousarray(linear.weight.detach().numpy().T), 1)
+    assert transposed is not None
+    assert np.array_equal(transposed[0].T, integers)

@@ -29,7 +29,9 @@ __all__ = [
     "check_engine",
     "check_graphs",
     "compare_distances",
+    "ends_and_middle",
     "float_distance",
+    "quantizers_off",
 ]
 
 FLOAT_LIMIT = 1e-4
@@ -169,7 +171,7 @@ def _float_graph(
     BypassActivations()(bypassed)
     runner = GraphRunner(bypassed, graphs.prologue, plan, samples.conditioning, samples.extra)
     figures = []
-    with _quantizers_off(reference):
+    with quantizers_off(reference):
         for done, step in enumerate(steps):
             wanted = guided(
                 reference,
@@ -181,7 +183,7 @@ def _float_graph(
             ).numpy()
             found = runner.output(samples.model_inputs[step], step, samples.guidance_scale)
             figures.append(_relative(found, wanted))
-            if step in _ends_and_middle(steps):
+            if step in ends_and_middle(steps):
                 figures[-1] = max(figures[-1], _step_error(runner, plan, samples, step, reference))
             on_stage("float_graph", done + 1, len(steps))
     return Criterion(
@@ -201,7 +203,7 @@ def float_distance(
     bypassed = graphs.denoiser.clone()
     BypassActivations()(bypassed)
     runner = GraphRunner(bypassed, graphs.prologue, plan, samples.conditioning, extra)
-    with _quantizers_off(reference):
+    with quantizers_off(reference):
         wanted = guided(reference, latents, step, samples.conditioning, samples.guidance_scale, extra).numpy()
     return _relative(runner.output(latents, step, samples.guidance_scale), wanted)
 
@@ -231,7 +233,7 @@ def _sites(
     checkpoint: QuantizedCheckpoint, steps: list[int], on_stage: OnStage,
 ) -> list[Criterion]:  # fmt: skip
     """2: every site on identical tensors: its integers, and its layers' outputs; first, middle and last step."""
-    chosen = _ends_and_middle(steps)
+    chosen = ends_and_middle(steps)
     spec = checkpoint.spec
     scales = {
         site.name: checkpoint.tensors[scale_key(site.name)].numpy()[list(site.groups)] for site in spec.activations
@@ -281,7 +283,7 @@ def _quantized_graph(
     return compare_distances("quantized_graph", says, GRAPH_LIMIT, steps, np.stack(found), np.stack(wanted))
 
 
-class _quantizers_off:
+class quantizers_off:
     """The reference's activation quantizers disabled for a block; a floating-point reference has none."""
 
     def __init__(self, reference: Any) -> None:
@@ -298,7 +300,7 @@ class _quantizers_off:
             quantizer.enabled = enabled
 
 
-def _ends_and_middle(steps: Sequence[int]) -> list[int]:
+def ends_and_middle(steps: Sequence[int]) -> list[int]:
     """Enough for what is the same graph at every step and costs a second run of it."""
     return sorted({steps[0], steps[len(steps) // 2], steps[-1]})
 

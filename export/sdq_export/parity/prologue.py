@@ -1,0 +1,58 @@
+"""What INT8 weights of the prologue cost: measured before they are accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from sdq_export.int8_storage import prologue_layers, round_to_int8_
+from sdq_export.parity.gate import GRAPH_LIMIT, ends_and_middle, quantizers_off
+from sdq_export.parity.report import Criterion
+from sdq_export.parity.samples import TeacherSamples, guided
+from sdq_export.stepping import StepDenoiser
+
+__all__ = ["round_prologue_"]
+
+
+def round_prologue_(
+    reference: StepDenoiser, samples: TeacherSamples, steps: Sequence[int]
+) -> tuple[list[str], Criterion]:
+    """Round the reference's prologue layers to INT8, in place.
+
+    Their error e is measured with activation quantization off, where no rounding amplifies it, and held against the
+    error q of the quantized reference: independent errors add in squares, so sqrt(1 + (e/q)^2) is held to the limit
+    of a graph (criterion 3). At 1.05 that is e <= 0.32 q.
+
+    Args:
+        reference: the fake-quantized denoiser.
+        samples: where to look.
+        steps: of which the first, the middle and the last are looked at.
+
+    Returns:
+        The layers' paths, and the criterion.
+    """
+    chosen = ends_and_middle(steps)
+    quantized = [float(samples.distances(_output(reference, samples, step), step).mean()) for step in chosen]
+    with quantizers_off(reference):
+        before = [_output(reference, samples, step) for step in chosen]
+        layers = prologue_layers(reference)
+        round_to_int8_(reference, layers)
+        after = [_output(reference, samples, step) for step in chosen]
+    errors = [float((new - old).norm() / old.norm()) for new, old in zip(after, before, strict=True)]
+    ratios = [float(np.hypot(1.0, error / max(q, 1e-12))) for error, q in zip(errors, quantized, strict=True)]
+    return layers, Criterion(
+        name="int8_prologue",
+        says="the quantization error with that of an INT8 prologue added in squares, over the quantization error",
+        limit=GRAPH_LIMIT,
+        steps=tuple(chosen),
+        per_step=tuple(ratios),
+        details={"layers": len(layers), "error": errors, "quantization_error": quantized},
+    )
+
+
+def _output(reference: StepDenoiser, samples: TeacherSamples, step: int) -> Tensor:
+    return guided(
+        reference, samples.model_inputs[step], step, samples.conditioning, samples.guidance_scale, samples.extra
+    )
