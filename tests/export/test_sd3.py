@@ -296,7 +296,7 @@ def test_an_int8_prologue_that_costs_too_much_is_refused(
 ) -> None:
     monkeypatch.setattr("sdq_export.int8_storage._LARGEST", 3)  # a grid of seven values
     checkpoint = quantized_checkpoint(source, plan, "w8a8", keep=KEEP)
-    with pytest.raises(SdqError, match="int8_prologue"):
+    with pytest.raises(SdqError, match="INT8 prologue"):
         export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint, prologue="int8")
     assert not (tmp_path / "package").exists()
 
