@@ -22,7 +22,7 @@ from sdq_engines.errors import SdqError
 from sdq_engines.lowering.fp16 import ToFloat16
 from sdq_engines.lowering.graph import apply, load_graph
 from sdq_engines.lowering.save import save_graph
-from sdq_engines.package.layout import PROLOGUE, VAE_DECODER
+from sdq_engines.package.layout import PROLOGUE, VAE_DECODER, VAE_ENCODER
 from sdq_engines.package.store import open_package
 from sdq_export.conditioning import POOLED_INPUT, SIZE_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.engines import check_built_engine
@@ -183,7 +183,9 @@ def test_a_quantized_package_keeps_parity_on_every_engine(source: Source, tmp_pa
     stored = onnx.load(package.component(PROLOGUE)).graph.initializer
     assert {each.data_type for each in stored if np.prod(each.dims) > 1000} == {onnx.TensorProto.FLOAT16}
     built = open_package(package.folder).manifest
-    assert built.engines["tensorrt-rtx"].options == ({"fp32": [VAE_DECODER]} if built.full_precision else {})
+    assert built.engines["tensorrt-rtx"].options == (
+        {"fp32": [VAE_DECODER, VAE_ENCODER]} if built.full_precision else {}
+    )
     for engine in ("tensorrt-rtx", "openvino"):
         kernels = built.engines[engine].kernels
         assert kernels is not None
@@ -227,7 +229,7 @@ def test_other_models_take_no_size(tmp_path: Path) -> None:
 
 
 def test_the_vae_stays_in_fp32_where_its_config_asks(sdxl: Source, tmp_path: Path) -> None:
-    assert exported(sdxl, tmp_path / "a", "ddim").package.manifest.full_precision == [VAE_DECODER]
+    assert exported(sdxl, tmp_path / "a", "ddim").package.manifest.full_precision == [VAE_DECODER, VAE_ENCODER]
     assert sdxl.vae.config.force_upcast
     sdxl.vae.register_to_config(force_upcast=False)
     try:

@@ -306,7 +306,7 @@ def test_int8_integers_are_found_again_exactly() -> None:
     with torch.no_grad():
         linear.weight.mul_(10.0 ** torch.linspace(-7, 3, 33)[:, None])
         linear.weight[5] = 0
-    before = linear.weight.clone()
+    before = linear.weight.detach().clone()
     holder = SimpleNamespace(model=torch.nn.Sequential(linear))
     round_to_int8_(holder, ["0"])  # type: ignore[arg-type]
     found = as_integers(linear.weight.detach().numpy(), 0)

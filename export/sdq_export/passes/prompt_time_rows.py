@@ -15,6 +15,9 @@ from sdq_export.passes.time_tables import STEP_INPUT, no_time_path_left, time_ad
 
 __all__ = ["CutTimeRows", "OutputTimeRows"]
 
+#: The captured graph's name for the latents.
+_LATENTS = "sample"
+
 _PROJECTION, _ADDED = ".time_emb_proj", "add_embedding.linear_2"
 
 
@@ -100,6 +103,7 @@ class CutTimeRows(ir.passes.InPlacePass):
         axes = constant(graph, "time_rows.axes", np.array([2, 3], np.int64))
         for block in _blocks(layers):
             self._replace(graph, block, layers, step, axes)
+        _read_batch_elsewhere(graph, self.inputs)
         RemoveDeadCode()(model)
         drop_unused_inputs(graph, self.inputs)
         return ir.passes.PassResult(model, modified=True)
@@ -126,6 +130,16 @@ class CutTimeRows(ir.passes.InPlacePass):
         addition.replace_input_with(0, convolution.outputs[0])
         addition.replace_input_with(1, spread)
         rename(addition, f"{block}/add_time_row")
+
+
+def _read_batch_elsewhere(graph: ir.Graph, inputs: Sequence[str]) -> None:
+    """Where a free size makes the graph ask an input that goes for the batch's length, ask the latents."""
+    latents = next(value for value in graph.inputs if value.name == _LATENTS)
+    for value in (value for value in graph.inputs if value.name in inputs):
+        for use in list(value.uses()):
+            end = use.node.attributes.get("end")
+            if use.node.op_type == "Shape" and end is not None and end.as_int() == 1:
+                use.node.replace_input_with(use.idx, latents)
 
 
 def _blocks(layers: dict[str, ir.Node]) -> list[str]:

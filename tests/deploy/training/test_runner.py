@@ -40,12 +40,12 @@ def test_a_resumed_run_takes_the_table_of_its_new_precision(tiny_sd: Path, tmp_p
     prompts.write_text("\n".join(f"a red circle number {index}" for index in range(10)), encoding="utf-8")
     small = {key: value for key, value in SMALL.items() if key != "fit.max_train_steps"}
     first = resolve_settings(str(tiny_sd), out, recipe="shapes-64", overrides=small, prompt_file=prompts)
-    assert (first.recipe.quantization.precision, first.recipe.fit.max_train_steps) == ("w4a8", 240)
+    assert (first.recipe.quantization.precision, first.recipe.fit.max_train_steps) == ("w4a8", 300)
     RunFolder(out).write_status({**RunFolder(out).read_status(), "settings": recorded_settings(first)})
     changed = {"quantization.precision": "w8a8"}
     resumed = resolve_settings(str(tiny_sd), out, overrides=changed, resume=True).recipe
     assert resumed == load_recipe("shapes-64", small | changed)
-    assert resumed.fit.max_train_steps == 60
+    assert resumed.fit.max_train_steps == 120
 
 
 def test_another_run_gives_its_dataset(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:
