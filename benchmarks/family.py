@@ -29,7 +29,7 @@ from sdq_engines.build import build_engine
 from sdq_engines.lowering.save import save_graph
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import DENOISER, PROLOGUE, SAMPLER, model_file
-from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo, ShapeProfile
+from sdq_engines.package.schema import Manifest, ModelIO, ShapeProfile
 from sdq_engines.package.store import open_package
 from sdq_export.checkpoint import (
     CheckpointInfo,
@@ -48,6 +48,7 @@ from sdq_export.quantspec import WeightSite, grid_limits
 from sdq_export.sampler import SamplerPlan, compile_sampler
 from sdq_export.sites import find_sites
 from sdq_export.source import Source, load_source
+from sdq_export.writer import sampler_info
 
 STEPS, GUIDANCE = 20, 5.0
 STAGES = ("export", "tensorrt-rtx")
@@ -126,16 +127,7 @@ def manifest(
             prologue_outputs=outputs,
         ),
         text=[],
-        sampler=SamplerInfo(
-            scheduler=plan.scheduler,
-            config=plan.config,
-            prediction_type=str(plan.config.get("prediction_type", "epsilon")),
-            num_inference_steps=plan.num_inference_steps,
-            num_calls=plan.calls,
-            history=plan.history,
-            stochastic=plan.stochastic,
-            guidance_scale=GUIDANCE,
-        ),
+        sampler=sampler_info(plan, GUIDANCE),
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in (PROLOGUE, DENOISER)},
         tools=tool_versions(),

@@ -44,7 +44,7 @@ from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.source import Source
 from sdq_export.tokenizer import text_info, tokenizer_json
 
-__all__ = ["ExportResult", "OnStage", "PrologueDtype", "export_package"]
+__all__ = ["ExportResult", "OnStage", "PrologueDtype", "export_package", "sampler_info"]
 
 PrologueDtype = Literal["fp16", "int8"]
 
@@ -257,23 +257,28 @@ def _manifest(
             extra_channels=family.extra_channels(source.denoiser),
         ),
         text=[text_info(source, encoder) for encoder in family.text_encoders],
-        sampler=SamplerInfo(
-            scheduler=plan.scheduler,
-            config=plan.config,
-            prediction_type=str(plan.config.get("prediction_type", "epsilon")),
-            num_inference_steps=plan.num_inference_steps,
-            num_calls=plan.calls,
-            history=plan.history,
-            stochastic=plan.stochastic,
-            guidance_scale=guidance_scale,
-            order=plan.order,
-        ),
+        sampler=sampler_info(plan, guidance_scale),
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in components.by_name()},
         full_precision=[name for name in family.full_precision(source) if name in components.by_name()],
         tools=tool_versions(),
         files={},
         fidelity={"parity": report.to_manifest()},
+    )
+
+
+def sampler_info(plan: SamplerPlan, guidance_scale: float) -> SamplerInfo:
+    """The manifest's record of a sampler; `guidance_scale` is the package's default."""
+    return SamplerInfo(
+        scheduler=plan.scheduler,
+        config=plan.config,
+        prediction_type=str(plan.config.get("prediction_type", "epsilon")),
+        num_inference_steps=plan.num_inference_steps,
+        num_calls=plan.calls,
+        history=plan.history,
+        stochastic=plan.stochastic,
+        guidance_scale=guidance_scale,
+        order=plan.order,
     )
 
 

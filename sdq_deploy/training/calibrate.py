@@ -33,7 +33,8 @@ def calibrate(context: TrainingContext) -> None:
         factors = search_smoothing(context.teacher, spec, data, peaks, settings, advance) if tries else {}
         for name in smoothed_sites(spec, factors):
             peaks[name] = peaks[name] / factors[smoothing_key(name)]
-        smoothed = smooth_(copy.deepcopy(context.source.denoiser), spec, factors)
+        original = context.source.denoiser
+        smoothed = smooth_(copy.deepcopy(original), spec, factors) if factors else original
         scales = weight_scales(smoothed, spec, settings, context.device, advance)
         scales |= activation_scales({name: seen.amax(dim=1) for name, seen in peaks.items()}, spec) | factors
     if context.accelerator.is_main_process:

@@ -85,6 +85,8 @@ def search_smoothing(
     """
     best: dict[str, tuple[float, Tensor | None]] = {}
     sites = [site for site in spec.activations if _smoothable(site, spec)]
+    if not sites:
+        return {}
     for strength in (None, *settings.smoothing):
         candidate = {site.name: _candidate(denoiser, site, spec, peaks[site.name], strength) for site in sites}
         errors = _output_errors(denoiser, sites, data, candidate, max(1, settings.samples_per_step // 4))
