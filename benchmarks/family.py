@@ -17,11 +17,13 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoints import DENOISERS, FAMILIES, scaled, write_checkpoint
+from safetensors import safe_open
 from torch import Tensor
 
 from sdq_deploy.recipes import load_recipe
@@ -42,6 +44,7 @@ from sdq_export.checkpoint import (
     weight_scale_key,
 )
 from sdq_export.components import make_denoiser, make_reference
+from sdq_export.int8_storage import prologue_layers, round_to_int8_
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import source_info, tool_versions
 from sdq_export.quantspec import WeightSite, grid_limits
@@ -65,18 +68,16 @@ def quantized(source: Source, plan: SamplerPlan, precision: str) -> QuantizedChe
     """A checkpoint of the recipe's sites whose values were not measured."""
     wanted = load_recipe(source.family.recipe, {"quantization.precision": precision}).quantization
     spec = find_sites(
-        source.denoiser, plan.calls, wanted.precision, keep=wanted.keep, bits=wanted.bits, block_size=wanted.block_size
+        source.skeleton, plan.calls, wanted.precision, keep=wanted.keep, bits=wanted.bits, block_size=wanted.block_size
     )
     sites = spec.weight_sites
     tensors: dict[str, Tensor] = {}
-    for name, parameter in source.denoiser.named_parameters():
+    for name, weight in stored_weights(source):
         layer = name.removesuffix(".weight")
-        if layer in sites and name.endswith(".weight"):
-            scale = largest_value_scale(parameter, sites[layer])
+        if name == weight_key(layer) and layer in sites:
+            scale = largest_value_scale(weight, sites[layer])
             tensors[weight_scale_key(layer)] = scale
-            tensors[weight_key(layer)] = quantize_weight(parameter, scale, sites[layer])
-        else:
-            tensors[name] = parameter.detach()
+            tensors[weight_key(layer)] = quantize_weight(weight, scale, sites[layer])
     generator = torch.Generator().manual_seed(0)
     for site in spec.activations:
         tensors[scale_key(site.name)] = 0.03 * (0.85 + 0.3 * torch.rand(site.num_groups, generator=generator))
@@ -87,22 +88,31 @@ def quantized(source: Source, plan: SamplerPlan, precision: str) -> QuantizedChe
     return QuantizedCheckpoint(CheckpointInfo(spec=spec, sampler=settings, source=ref), tensors)
 
 
+def stored_weights(source: Source) -> Iterator[tuple[str, Tensor]]:
+    """The denoiser's parameters, one after the other from the files."""
+    for path in sorted((source.folder / source.family.denoiser).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (safe_open is no dict)
+
+
 def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
     """[C_out] or [C_out, blocks]: the largest value is the grid's end."""
     blocks = 1 if site.block_size is None else weight.shape[1] // site.block_size
-    largest = weight.detach().reshape(weight.shape[0], blocks, -1).abs().amax(-1)
+    largest = weight.float().reshape(weight.shape[0], blocks, -1).abs().amax(-1)
     scale = (largest / grid_limits(site.bits)[1]).clamp_min(1e-6)
     return scale if site.block_size is not None else scale[:, 0]
 
 
-def export(model: Path, package: Path, precision: str) -> dict[str, float]:
-    """Write a package of prologue and denoiser; seconds from the loaded checkpoint to the written graphs."""
+def export(model: Path, package: Path, precision: str, prologue: str) -> dict[str, float]:
+    """Write a package of prologue and denoiser; seconds from the quantized checkpoint to the written graphs."""
     source = load_source(model)
     plan = compile_sampler(source.scheduler, STEPS)
     checkpoint = quantized(source, plan, precision)
     started = time.perf_counter()
     reference = make_reference(source, plan, checkpoint, "fp16")
-    graphs = make_denoiser(source, plan, reference, checkpoint, "fp16")
+    int8_layers = prologue_layers(reference) if prologue == "int8" else []
+    round_to_int8_(reference, int8_layers)
+    graphs = make_denoiser(source, plan, reference, checkpoint, "fp16", int8_layers=int8_layers)
     made = time.perf_counter()
     editor = PackageEditor.create(package)
     for name, graph in ((PROLOGUE, graphs.prologue), (DENOISER, graphs.denoiser)):
@@ -150,11 +160,13 @@ def build(package: Path) -> dict[str, Any]:
     }
 
 
-def run_stage(stage: str, folder: Path, family: str, precision: str) -> None:
+def run_stage(stage: str, folder: Path, family: str, precision: str, prologue: str) -> None:
     """In a process of its own; writes what it found."""
     package = folder / f"{family}-{precision}"
     started = time.perf_counter()
-    found: dict[str, Any] = export(folder / family, package, precision) if stage == "export" else build(package)
+    found: dict[str, Any] = (
+        export(folder / family, package, precision, prologue) if stage == "export" else build(package)
+    )
     found["seconds"] = time.perf_counter() - started
     found["cpu_seconds"] = time.process_time()
     found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -178,12 +190,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", choices=FAMILIES, default="sd14")
     parser.add_argument("--precision", choices=("w8a8", "w4a8", "w4a16"), default="w4a8")
+    parser.add_argument("--prologue", choices=("fp16", "int8"), default="fp16", help="how its weights are stored")
     parser.add_argument("--stage", choices=STAGES, help="this one alone, in this process")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.stage:
-        run_stage(arguments.stage, folder, arguments.family, arguments.precision)
+        run_stage(arguments.stage, folder, arguments.family, arguments.precision, arguments.prologue)
         return
     make_checkpoint(folder / arguments.family, arguments.family)
     for stage in STAGES:

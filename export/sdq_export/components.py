@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER, VAE_ENCODER
 from sdq_export.capture import capture
-from sdq_export.checkpoint import QuantizedCheckpoint
+from sdq_export.checkpoint import QuantizedCheckpoint, weight_key
 from sdq_export.denoiser import DenoiserGraphs, build_denoiser, run_passes
 from sdq_export.families.base import TextEncoder
 from sdq_export.families.vae import VaeDecoder, VaeEncoder, capture_vae_decoder, capture_vae_encoder
@@ -24,7 +24,8 @@ from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.reference import build_reference
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sizes import HEIGHT, WIDTH
-from sdq_export.smoothing import smooth_, smoothed_sites
+from sdq_export.skeleton import is_hollow
+from sdq_export.smoothing import divide_inputs_, smoothed_sites
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.storage import round_weights_
@@ -72,10 +73,10 @@ def make_reference(
     """The torch denoiser that the package must equal: fake-quantized or not, its weights as they will be stored."""
     timesteps = torch.from_numpy(plan.timesteps)
     if checkpoint is None:
-        reference = StepDenoiser(copy.deepcopy(source.denoiser), timesteps).eval().requires_grad_(False)
+        reference = StepDenoiser(source.own(source.family.denoiser), timesteps).eval().requires_grad_(False)
         integers: set[str] = set()
     else:
-        reference = build_reference(source.denoiser, checkpoint.spec, checkpoint.tensors, timesteps)
+        reference = build_reference(source.own(source.family.denoiser), checkpoint.spec, checkpoint.tensors, timesteps)
         integers = {site.layer for site in checkpoint.spec.weights}
     if dtype == "fp16":
         round_weights_(reference.model, skip=integers)
@@ -91,10 +92,10 @@ def make_denoiser(
     free_size: bool = False,
     int8_layers: Collection[str] = (),
 ) -> DenoiserGraphs:
-    """Capture the source's denoiser, give it the reference's weights, and run the passes.
+    """Capture the source's denoiser without its weights, give the graph the reference's, and run the passes.
 
     Args:
-        source: the checkpoint.
+        source: the checkpoint, of which the architecture alone is read.
         plan: the sampler.
         reference: has the weights that the graphs get.
         checkpoint: the sites, for a quantized denoiser.
@@ -105,29 +106,29 @@ def make_denoiser(
     Raises:
         SdqError: the denoiser has an unsupported form, or is of one size and ought to be of any.
     """
-    family, shape, original = source.family, source.family.latent_shape(source), source.denoiser
-    multiple = family.latent_multiple(original) if free_size else 0
+    family, shape, skeleton = source.family, source.family.latent_shape(source), source.skeleton
+    multiple = family.latent_multiple(skeleton) if free_size else 0
     smoothed = smoothed_sites(checkpoint.spec, checkpoint.tensors) if checkpoint else ()
 
     def capture_it() -> ir.Model:
-        model = original
+        model = skeleton
         if checkpoint is not None and smoothed:
-            model = smooth_(copy.deepcopy(original), checkpoint.spec, checkpoint.tensors)
+            model = divide_inputs_(copy.deepcopy(skeleton), checkpoint.spec, checkpoint.tensors)
         return family.capture_denoiser(model, shape, _tokens(source), multiple)
 
     captured = _capture_once(source, f"{DENOISER} {smoothed} {multiple}", capture_it)
-    # the time path is in the denoiser alone: its tables come from the source's own weights, as in training
-    tables = family.time_tables(original, torch.from_numpy(plan.timesteps))
+    # a quantized layer's weight comes as integers; a layer of its own would be one more copy of it in FP32
+    integers = {weight_key(site.layer) for site in checkpoint.spec.weights} if checkpoint else set()
     return build_denoiser(
         captured,
-        family.cuts(tables),
+        family.cuts(reference.tables),
         plan,
         (shape[0], HEIGHT, WIDTH) if free_size else shape,
-        weights={name: tensor.numpy() for name, tensor in _tensors(reference.model)},
+        weights={name: tensor.numpy() for name, tensor in _tensors(reference.model) if name not in integers},
         spec=checkpoint.spec if checkpoint else None,
         tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
         store_fp16=dtype == "fp16",
-        extra_channels=family.extra_channels(original),
+        extra_channels=family.extra_channels(skeleton),
         int8_layers=int8_layers,
     )
 
@@ -140,7 +141,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def make_text_encoder(source: Source, encoder: TextEncoder, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
     """A text encoder's graph, and the torch module that it equals."""
-    module = encoder.wrap(_stored(source.part(encoder.component), dtype))
+    module = encoder.wrap(_stored(source, encoder.component, dtype))
     example = torch.zeros(2, encoder.length(source), dtype=torch.int64)
     captured = _capture_once(
         source,
@@ -152,7 +153,7 @@ def make_text_encoder(source: Source, encoder: TextEncoder, dtype: Dtype) -> tup
 
 def make_vae_decoder(source: Source, dtype: Dtype, free_size: bool = False) -> tuple[ir.Model, nn.Module]:
     """The decoder's graph, and the torch module that it equals."""
-    module, shape = VaeDecoder(_stored(source.vae, dtype)), source.family.latent_shape(source)
+    module, shape = VaeDecoder(_stored(source, "vae", dtype)), source.family.latent_shape(source)
     captured = _capture_once(
         source, f"{VAE_DECODER} {dtype} {free_size}", lambda: capture_vae_decoder(module, shape, free_size)
     )
@@ -161,7 +162,7 @@ def make_vae_decoder(source: Source, dtype: Dtype, free_size: bool = False) -> t
 
 def make_vae_encoder(source: Source, dtype: Dtype, free_size: bool = False) -> tuple[ir.Model, nn.Module]:
     """The encoder's graph, and the torch module that it equals."""
-    module, size = VaeEncoder(_stored(source.vae, dtype)), source.family.image_size(source)
+    module, size = VaeEncoder(_stored(source, "vae", dtype)), source.family.image_size(source)
     multiple = source.family.pixels_per_latent(source) if free_size else 0
     captured = _capture_once(
         source, f"{VAE_ENCODER} {dtype} {multiple}", lambda: capture_vae_encoder(module, size, multiple)
@@ -186,17 +187,20 @@ def _capture_once(source: Source, what: str, make: Callable[[], ir.Model]) -> ir
     key = (source.folder, source.sha256, source.splits_shortcuts, what)
     if key not in _captured:
         model = make()
-        if (
-            sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-            > _KEPT_BYTES
-        ):
+        if _bytes(model) > _KEPT_BYTES:
             return model
         _captured[key] = model
     return _captured[key].clone()
 
 
-def _stored(module: Any, dtype: Dtype) -> nn.Module:
-    stored: nn.Module = copy.deepcopy(module)
+def _bytes(model: ir.Model) -> int:
+    """Memory of a graph's constants, those of a skeleton not counted."""
+    constants = (value.const_value.numpy() for value in model.graph.initializers.values() if value.const_value)
+    return sum(array.nbytes for array in constants if not is_hollow(array))
+
+
+def _stored(source: Source, part: str, dtype: Dtype) -> nn.Module:
+    stored: nn.Module = source.own(part)
     if dtype == "fp16":
         round_weights_(stored)
     return stored

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from sdq_engines.errors import SdqError
 from sdq_export.families.base import GraphCuts
+from sdq_export.graph import array_of
 from sdq_export.passes.assign_weights import AssignWeights
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
 from sdq_export.passes.int4_weights import PackInt4Weights
@@ -24,6 +25,7 @@ from sdq_export.passes.store_int8 import StoreInt8
 from sdq_export.passes.timestep_scales import TimestepScales
 from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.skeleton import is_hollow
 from sdq_export.smoothing import smoothed_sites
 
 __all__ = ["DenoiserGraphs", "build_denoiser", "run_passes"]
@@ -88,7 +90,16 @@ def build_denoiser(
             ClearNotes(),
         ],
     )
+    for graph in (prologue, captured):
+        _require_values(graph)
     return DenoiserGraphs(captured, prologue)
+
+
+def _require_values(model: ir.Model) -> None:
+    """Every constant has values: what was captured of a skeleton has been given them."""
+    for value in model.graph.initializers.values():
+        if is_hollow(array_of(value)):
+            raise RuntimeError(f"the graph's constant {value.name} was given no values")
 
 
 def run_passes(model: ir.Model, passes: list[ir.passes.InPlacePass]) -> None:

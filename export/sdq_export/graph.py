@@ -62,12 +62,12 @@ def array_of(value: ir.Value | None) -> NDArray[Any]:
 
 
 def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    """Add an initializer to the graph.
+    """Add an initializer to the graph; the array is not copied, a transposed view is written in its own order.
 
     Raises:
         ValueError: there is another constant of this name.
     """
-    tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape), name=name)
+    tensor = ir.tensor(array, name=name)
     if name in graph.initializers:
         if np.array_equal(array_of(graph.initializers[name]), array):
             return graph.initializers[name]

@@ -5,7 +5,6 @@ Export checks its graphs against it and evaluation compares with it. Nothing of 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +62,7 @@ def build_reference(
     """Build the fake-quantized denoiser of a checkpoint.
 
     Args:
-        original: the source's denoiser; it is copied, not changed.
+        original: the source's denoiser; it becomes the reference, and is not to be used again.
         spec: the sites.
         tensors: the checkpoint's, keyed as sdq_export.checkpoint says.
         timesteps: [T], the timestep of each step.
@@ -71,7 +70,7 @@ def build_reference(
     Returns:
         A StepDenoiser in eval mode. Its activation quantizers are `denoiser.quantizers[site name]`.
     """
-    denoiser = StepDenoiser(smooth_(copy.deepcopy(original), spec, tensors), timesteps)
+    denoiser = StepDenoiser(smooth_(original, spec, tensors), timesteps)
     model: Any = denoiser.model
     weights = spec.weight_sites
     derived = {weight_key(layer) for layer in weights}

@@ -12,7 +12,7 @@ factors are the tensor `<site>.smoothing`, f32 [C], of a quantized checkpoint; a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sdq_export.quantspec import QuantSpec
 
-__all__ = ["INVERSE", "smooth_", "smoothed_sites", "smoothing_key"]
+__all__ = ["INVERSE", "divide_inputs_", "smooth_", "smoothed_sites", "smoothing_key"]
 
 #: Name of the buffer 1/f of a smoothed layer, shaped to multiply its input; the exporter keeps it.
 INVERSE = "inverse_smoothing"
@@ -45,23 +45,28 @@ def smooth_(denoiser: nn.Module, spec: QuantSpec, tensors: Mapping[str, Tensor])
         spec: the sites.
         tensors: factors by `smoothing_key`, f32 [C] positive; other tensors are not read.
     """
-    for site in spec.activations:
-        if smoothing_key(site.name) not in tensors:
-            continue
-        factors = tensors[smoothing_key(site.name)]
-        for layer in site.consumers:
-            _smooth_layer(denoiser.get_submodule(layer), factors)
+    for layer, factors in _smoothed_layers(spec, tensors):
+        weight = denoiser.get_parameter(f"{layer}.weight")
+        weight.mul_(factors.to(weight).reshape(1, -1, *[1] * (weight.ndim - 2)))
+    return divide_inputs_(denoiser, spec, tensors)
+
+
+@torch.no_grad()
+def divide_inputs_(denoiser: nn.Module, spec: QuantSpec, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The half of `smooth_` that a graph is captured with: the divisions; the weights stay as they are."""
+    for layer, factors in _smoothed_layers(spec, tensors):
+        module = denoiser.get_submodule(layer)
+        inverse = 1 / factors.to(denoiser.get_parameter(f"{layer}.weight"))
+        module.register_buffer(INVERSE, inverse.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else inverse)
+        module.register_forward_pre_hook(_divide)
     return denoiser
 
 
-def _smooth_layer(module: nn.Module, factors: Tensor) -> None:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    along_input = factors.to(weight).reshape(1, -1, *[1] * (weight.ndim - 2))
-    weight.mul_(along_input)
-    inverse = 1 / factors.to(weight)
-    module.register_buffer(INVERSE, inverse.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else inverse)
-    module.register_forward_pre_hook(_divide)
+def _smoothed_layers(spec: QuantSpec, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each smoothed layer's path, and its factors, f32 [C]."""
+    for site in spec.activations:
+        if smoothing_key(site.name) in tensors:
+            yield from ((layer, tensors[smoothing_key(site.name)]) for layer in site.consumers)
 
 
 def _divide(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from sdq_engines.files import sha256_file
 from sdq_export.inpainting import remember_whole_mask
 from sdq_export.quantspec import QuantSpec
 from sdq_export.shortcuts import split_shortcuts
+from sdq_export.skeleton import load_skeleton
 
 if TYPE_CHECKING:
     from sdq_export.families import Family
@@ -24,6 +25,9 @@ __all__ = ["Source", "load_source"]
 _ABOUT = ["model_index.json", "LICENSE*", "NOTICE*", "README.md", "scheduler/*.json"]
 _PART = ("*.json", "*.txt", "*.model", "*.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_COPIED_BYTES = 256 << 20
+"""A larger part is read from disk a second time rather than copied in memory."""
 
 
 class Source:
@@ -70,15 +74,34 @@ class Source:
             SdqError: its files are damaged.
         """
         if name not in self._parts:
-            library, _, kind = self.family.parts[name].rpartition(".")
-            loader = getattr(importlib.import_module(library), kind)
+            loader = self._kind(name)
             self._parts[name] = self._model(loader, name) if name in self.weighted_parts else self._plain(loader, name)
-            if name == self.family.denoiser and self.family.extra_channels(self._parts[name]):
-                remember_whole_mask(self._parts[name], self.vae)
+            if name == self.family.denoiser:
+                if self.family.extra_channels(self._parts[name]):
+                    remember_whole_mask(self._parts[name], self.vae)
+                if self.splits_shortcuts:
+                    self._parts[name] = split_shortcuts(self._parts[name])
         return self._parts[name]
 
+    def own(self, name: str) -> Any:
+        """A model of the family's `parts` for the caller to change and to drop.
+
+        A copy; of a large model the loaded one itself, which is read from disk again when it is next asked for, so
+        that two are not in memory at once.
+        """
+        part = self.part(name)
+        if sum(parameter.nbytes for parameter in part.parameters()) <= _COPIED_BYTES:
+            return copy.deepcopy(part)
+        return self._parts.pop(name)
+
+    @cached_property
+    def skeleton(self) -> Any:
+        """The denoiser's architecture and configuration without its weights, which are not read for it."""
+        model = load_skeleton(self._kind(self.family.denoiser), self.folder / self.family.denoiser)
+        return split_shortcuts(model) if self.splits_shortcuts else model
+
     def with_split_shortcuts(self) -> Source:
-        """This checkpoint with its denoiser's shortcuts split (`sdq_export.shortcuts`); the rest is shared.
+        """This checkpoint with its denoiser's shortcuts split (`sdq_export.shortcuts`); loaded other parts are shared.
 
         Raises:
             SdqError: the denoiser is no UNet.
@@ -86,8 +109,10 @@ class Source:
         if self.splits_shortcuts:
             return self
         split = copy.copy(self)
-        split._parts = {**self._parts, self.family.denoiser: split_shortcuts(self.denoiser)}
+        split._parts = {name: part for name, part in self._parts.items() if name != self.family.denoiser}
         split.splits_shortcuts = True
+        split.__dict__.pop("skeleton", None)
+        _ = split.skeleton  # refuses what is no UNet
         return split
 
     def for_spec(self, spec: QuantSpec | None) -> Source:
@@ -134,6 +159,11 @@ class Source:
         files = sorted((self.folder / part).glob("*.safetensors"))
         plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
         return plain or [file for file in files if ".fp16" in file.name]
+
+    def _kind(self, name: str) -> Any:
+        """The class that loads a part."""
+        library, _, kind = self.family.parts[name].rpartition(".")
+        return getattr(importlib.import_module(library), kind)
 
     def _plain(self, kind: Any, name: str) -> Any:
         try:

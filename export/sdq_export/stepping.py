@@ -28,6 +28,9 @@ class StepDenoiser(nn.Module):
         model: the denoiser of one of our families, e.g. diffusers' UNet2DConditionModel.
         timesteps: [T], the timestep of each step.
 
+    Attributes:
+        tables: what the time path made of the timesteps, f32 [T, ...] by name.
+
     Raises:
         SdqError: the denoiser is none of our families', or its time path has a form that is not supported.
     """
@@ -36,7 +39,8 @@ class StepDenoiser(nn.Module):
         super().__init__()
         self.family = family_of(model)
         self.state = StepState()
-        self.family.use_tables(model, self.family.time_tables(model, timesteps), self.state)
+        self.tables = self.family.time_tables(model, timesteps)
+        self.family.use_tables(model, self.tables, self.state)
         self.model: Any = model
         self.num_steps = len(timesteps)
 

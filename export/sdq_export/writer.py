@@ -119,7 +119,7 @@ def export_package(
 
 
 def _check_encoder(source: Source, vae_encoder: bool) -> None:
-    if source.family.extra_channels(source.denoiser) and not vae_encoder:
+    if source.family.extra_channels(source.skeleton) and not vae_encoder:
         raise SdqError(
             "An inpainting model needs its VAE encoder: it takes the masked image's latents.",
             "Leave --no-vae-encoder out.",
@@ -128,7 +128,7 @@ def _check_encoder(source: Source, vae_encoder: bool) -> None:
 
 def _size_multiple(source: Source) -> int:
     """In pixels."""
-    return source.family.latent_multiple(source.denoiser) * source.family.pixels_per_latent(source)
+    return source.family.latent_multiple(source.skeleton) * source.family.pixels_per_latent(source)
 
 
 def _check_match(source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint | None) -> None:
@@ -254,7 +254,7 @@ def _manifest(
             prologue_outputs=prologue_names(components.denoiser.prologue),
             force_zeros_for_empty_prompt=family.zeros_for_no_prompt(source),
             size_multiple=size_multiple,
-            extra_channels=family.extra_channels(source.denoiser),
+            extra_channels=family.extra_channels(source.skeleton),
         ),
         text=[text_info(source, encoder) for encoder in family.text_encoders],
         sampler=sampler_info(plan, guidance_scale),

@@ -142,13 +142,11 @@ def _evaluation_inputs(
 def _teacher_images(
     demo: _Demo, source: Source, plan: SamplerPlan, guidance: float, pairs: Sequence[CaptionSeed]
 ) -> None:
-    import copy
-
     import torch
 
     from sdq_export.stepping import StepDenoiser
 
-    teacher = StepDenoiser(copy.deepcopy(source.denoiser), torch.from_numpy(plan.timesteps)).eval()
+    teacher = StepDenoiser(source.own(source.family.denoiser), torch.from_numpy(plan.timesteps)).eval()
     weights = sum(file.stat().st_size for file in (source.folder / source.family.denoiser).glob("*.safetensors"))
     images = _torch_images("floating point", source, teacher, plan, guidance, pairs)
     _add_variant(demo, "FP", "torch, FP32", images, pairs, denoiser_bytes=weights)
@@ -215,7 +213,7 @@ def _untrained_images(
     for method, title in METHODS.items():
         info, tensors = quantize_without_training(demo.settings.out / "run", method)
         student = build_reference(
-            source.for_spec(info.spec).denoiser, info.spec, tensors, torch.from_numpy(plan.timesteps)
+            source.for_spec(info.spec).own(source.family.denoiser), info.spec, tensors, torch.from_numpy(plan.timesteps)
         )
         found[title] = _torch_images(f"W4A8 untrained, {title}", source, student, plan, guidance, pairs)
     means = {title: float(compare_images(images, demo.images["FP"]).psnr.mean()) for title, images in found.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,11 +66,11 @@ def load_maker(
         checkpoint = load_checkpoint(candidate.path)
         source = load_source(resolve_model(candidate.source.model), candidate.source.revision)
         denoiser: nn.Module = build_reference(
-            source.for_spec(checkpoint.spec).denoiser, checkpoint.spec, checkpoint.tensors, timesteps
+            source.for_spec(checkpoint.spec).own(source.family.denoiser), checkpoint.spec, checkpoint.tensors, timesteps
         )
     else:
         source = load_source(resolve_model(candidate.path), candidate.source.revision)
-        denoiser = StepDenoiser(copy.deepcopy(source.denoiser), timesteps).eval().requires_grad_(False)
+        denoiser = StepDenoiser(source.own(source.family.denoiser), timesteps).eval().requires_grad_(False)
     return TorchMaker(source, denoiser, plan, sampler.guidance_scale, device)
 
 

@@ -280,8 +280,8 @@ def test_families_know_their_denoisers() -> None:
 
 def test_the_refiners_form_is_refused(sdxl: Source) -> None:
     changed = copy.copy(sdxl)
-    config = {key: value for key, value in sdxl.denoiser.config.items() if not key.startswith("_")}
+    config = {key: value for key, value in sdxl.skeleton.config.items() if not key.startswith("_")}
     config["projection_class_embeddings_input_dim"] -= 8
-    changed._parts = {**sdxl._parts, "unet": UNet2DConditionModel.from_config(config)}
+    changed.skeleton = UNet2DConditionModel.from_config(config)
     with pytest.raises(SdqError, match="add_embedding"):
         sdxl.family.check_source(changed)

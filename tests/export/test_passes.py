@@ -154,7 +154,7 @@ def test_the_quantized_graph_keeps_the_references_distance(
     checkpoint = quantized_checkpoint(source, plan, precision, groups)
     graphs = Graphs(build(source, captured, plan, checkpoint), plan, tmp_path)
     timesteps = torch.from_numpy(plan.timesteps)
-    reference = build_reference(source.denoiser, checkpoint.spec, checkpoint.tensors, timesteps)
+    reference = build_reference(source.own(source.family.denoiser), checkpoint.spec, checkpoint.tensors, timesteps)
     teacher = StepDenoiser(copy.deepcopy(source.denoiser), timesteps)
     found, wanted = [], []
     for step in range(plan.calls):

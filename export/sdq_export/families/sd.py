@@ -54,7 +54,7 @@ class StableDiffusion(Family):
     blocks = BLOCKS
 
     def check_source(self, source: Source) -> None:
-        check_conditions(source.denoiser)
+        check_conditions(source.skeleton)
         if getattr(source.part("text_encoder").config, "use_attention_mask", None):
             raise SdqError(
                 "The text encoder's use_attention_mask=True is not supported: packages encode padded prompts."

@@ -69,7 +69,7 @@ class StableDiffusion3(Family):
 
     def check_source(self, source: Source) -> None:
         check_vae(source)
-        config = source.denoiser.config
+        config = source.skeleton.config
         if config.pos_embed_max_size is None:
             raise SdqError(
                 "The denoiser's pos_embed_max_size=None is not supported; Stable Diffusion 3 crops from one."
@@ -87,7 +87,7 @@ class StableDiffusion3(Family):
         )
 
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
-        config = source.denoiser.config
+        config = source.skeleton.config
         return int(config.in_channels), int(config.sample_size), int(config.sample_size)
 
     def pipeline_options(self, source: Source) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class StableDiffusionXL(Family):
     blocks = BLOCKS
 
     def check_source(self, source: Source) -> None:
-        unet = source.denoiser
+        unet = source.skeleton
         _check_time_path(unet)
         check_vae(source)
         wanted = 6 * unet.config.addition_time_embed_dim + source.part("text_encoder_2").config.projection_dim

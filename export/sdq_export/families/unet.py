@@ -47,7 +47,7 @@ def is_unet(denoiser: nn.Module) -> bool:
 
 def unet_latent_shape(source: Source) -> tuple[int, int, int]:
     """(C, h, w) by the UNet's own sample size."""
-    config: Any = source.denoiser.config
+    config: Any = source.skeleton.config
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return int(config.out_channels), int(height), int(width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -82,7 +81,7 @@ def record_teacher(
     """Sample N images' latents with the floating-point model and keep every step.
 
     Args:
-        source: the checkpoint; its denoiser is copied.
+        source: the checkpoint; its denoiser is not changed.
         plan: the sampler.
         guidance_scale: of classifier-free guidance.
         prompts: as many as there are are used in turn.
@@ -92,9 +91,9 @@ def record_teacher(
     count = samples_for(latent_shape)
     chosen = [prompts[index % len(prompts)] for index in range(count)]
     conditioning = source.family.encode_prompts(source, [*[None] * count, *chosen])
-    teacher = StepDenoiser(copy.deepcopy(source.denoiser), torch.from_numpy(plan.timesteps)).eval()
+    teacher = StepDenoiser(source.own(source.family.denoiser), torch.from_numpy(plan.timesteps)).eval()
     generator = torch.Generator().manual_seed(_SEED)
-    extra = sample_extra(source.denoiser, count, torch.Generator().manual_seed(_SEED + 1))
+    extra = sample_extra(teacher.model, count, torch.Generator().manual_seed(_SEED + 1))
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sdq_engines.lowering.graph import replace_constant
-from sdq_export.graph import array_of, layers_of
+from sdq_export.graph import layers_of
 
 __all__ = ["AssignWeights"]
 
@@ -19,7 +18,7 @@ class AssignWeights(ir.passes.InPlacePass):
     """Give every parameter of the graph the value that a torch state has for it.
 
     Cases:
-    1. the weight of a MatMul, which the exporter transposed: found by its layer, stored transposed;
+    1. the weight of a MatMul, which the exporter transposed: found by its layer, a transposed view of the state's;
     2. any other parameter: found by its torch name, which the exporter keeps.
 
     Requires: `NameNodes` has run.
@@ -38,15 +37,10 @@ class AssignWeights(ir.passes.InPlacePass):
         transposed = {
             node.inputs[1].name for node in layers_of(model).values() if node.op_type == "MatMul" and node.inputs[1]
         }
-        modified = False
-        for name, value in list(model.graph.initializers.items()):
-            if name not in self.state:
-                continue
-            wanted = self.state[name].T if name in transposed else self.state[name]
-            if not np.array_equal(array_of(value), wanted):
-                replace_constant(value, np.ascontiguousarray(wanted))
-                modified = True
-        return ir.passes.PassResult(model, modified=modified)
+        found = [(name, value) for name, value in model.graph.initializers.items() if name in self.state]
+        for name, value in found:
+            replace_constant(value, self.state[name].T if name in transposed else self.state[name])
+        return ir.passes.PassResult(model, modified=bool(found))
 
     def requires(self, model: ir.Model) -> None:
         """Every parameter in the graph has the shape that the state has for it."""

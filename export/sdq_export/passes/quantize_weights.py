@@ -75,8 +75,8 @@ class QuantizeWeights(ir.passes.InPlacePass):
         weight = new.add(
             "DequantizeLinear",
             [
-                constant(graph, f"{site.layer}.weight.int{site.bits}", integers.astype(np.int8)),
-                constant(graph, f"{site.layer}.weight_scale", scale.astype(np.float32)),
+                constant(graph, f"{site.layer}.weight.int{site.bits}", integers.astype(np.int8, copy=False)),
+                constant(graph, f"{site.layer}.weight_scale", scale.astype(np.float32, copy=False)),
             ],
             f"{site.layer}/weight_dequantize",
             dtype=ir.DataType.FLOAT,

@@ -60,7 +60,7 @@ def test_student_equals_the_reference_built_from_its_tensors(
     source: Source, prompts: Conditioning, precision: QuantizedPrecision
 ) -> None:
     student = make_student(source, precision)
-    reference = build_reference(source.denoiser, student.spec, student.tensors(), timesteps(source))
+    reference = build_reference(source.own(source.family.denoiser), student.spec, student.tensors(), timesteps(source))
     with torch.no_grad():
         found = student.denoiser(*latents_and_steps(), prompts)
         assert torch.equal(found, reference(*latents_and_steps(), prompts))

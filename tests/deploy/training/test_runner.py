@@ -136,6 +136,6 @@ def test_untrained_checkpoints_have_the_same_sites(tiny_sd: Path, finished_run: 
     from sdq_deploy.training.dataset import load_split
     from sdq_deploy.training.trajectory import trajectory_snr
 
-    reference = build_reference(source.denoiser, untrained.spec, tensors, context.timesteps)
+    reference = build_reference(source.own(source.family.denoiser), untrained.spec, tensors, context.timesteps)
     snr = trajectory_snr(context, reference, load_split(finished_run / "dataset", "validation"))
     assert snr > 10

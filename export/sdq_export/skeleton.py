@@ -1,0 +1,49 @@
+"""A model's architecture without its weights: what a graph is captured of, whatever the model's size.
+
+A large parameter is one number in memory, seen in the parameter's shape (all its strides are 0); what a graph makes of
+it before it has values, a transposition, is such a view too. `passes/assign_weights.py` and the passes that quantize
+put the values in, one layer after the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from numpy.typing import NDArray
+from torch import nn
+
+__all__ = ["is_hollow", "load_skeleton"]
+
+_LARGE = 1 << 16
+"""Elements; smaller parameters have memory of their own."""
+
+
+def load_skeleton(kind: Any, folder: Path) -> Any:
+    """A diffusers model by its configuration alone, in eval mode: its values mean nothing.
+
+    Args:
+        kind: the model's class.
+        folder: holds its config.json.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = kind.from_config(kind.load_config(folder, local_files_only=True))
+    for index, (name, parameter) in enumerate(list(model.named_parameters())):
+        owner, _, own_name = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._parameters[own_name] = nn.Parameter(_values(parameter.shape, index), requires_grad=False)
+    return model.eval()
+
+
+def is_hollow(array: NDArray[Any]) -> bool:
+    """Whether a graph's constant is still the skeleton's: one number seen in a large shape."""
+    return array.size > 1 and not any(array.strides)
+
+
+def _values(shape: torch.Size, index: int) -> torch.Tensor:
+    """Other values for every parameter: what looks the same may be merged by an exporter."""
+    if shape.numel() > _LARGE:
+        return torch.full((1,), float(index)).expand(shape)
+    return (index + torch.arange(1, shape.numel() + 1) / shape.numel()).reshape(shape)
