@@ -44,6 +44,7 @@ from sdq_export.checkpoint import (
     weight_scale_key,
 )
 from sdq_export.components import make_denoiser, make_reference
+from sdq_export.denoiser import DenoiserGraphs
 from sdq_export.int8_storage import prologue_layers, round_to_int8_
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import source_info, tool_versions
@@ -107,7 +108,7 @@ def export(model: Path, package: Path, precision: str, prologue: str) -> dict[st
     """Write a package of prologue and denoiser; seconds from the quantized checkpoint to the written graphs."""
     source = load_source(model)
     plan = compile_sampler(source.scheduler, STEPS)
-    checkpoint = quantized(source, plan, precision)
+    checkpoint = quantized(source, plan, precision) if precision != "fp" else None
     started = time.perf_counter()
     reference = make_reference(source, plan, checkpoint, "fp16")
     int8_layers = prologue_layers(reference) if prologue == "int8" else []
@@ -119,22 +120,23 @@ def export(model: Path, package: Path, precision: str, prologue: str) -> dict[st
         for file in sorted(save_graph(graph, package / "staged" / name).parent.iterdir()):
             editor.move_file(f"{name}/{file.name}", file)
     editor.add_bytes(SAMPLER, plan.to_bytes())
-    editor.commit(manifest(package, source, plan, checkpoint, prologue_names(graphs.prologue)))
+    editor.commit(manifest(package, source, plan, checkpoint, graphs))
     return {"capture_and_passes": made - started, "writing": time.perf_counter() - made}
 
 
 def manifest(
-    package: Path, source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint, outputs: list[str]
+    package: Path, source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint | None, graphs: DenoiserGraphs
 ) -> Manifest:
     """Of a package that holds no more than what is measured."""
     return Manifest(
         name=package.name,
         family=source.family.name,
-        precision=checkpoint.spec.precision,
+        precision=checkpoint.spec.precision if checkpoint else "fp16",
         io=ModelIO(
             latent_shape=source.family.latent_shape(source),
             image_size=source.family.image_size(source),
-            prologue_outputs=outputs,
+            prologue_inputs=[value.name or "" for value in graphs.prologue.graph.inputs],
+            prologue_outputs=prologue_names(graphs.prologue),
         ),
         text=[],
         sampler=sampler_info(plan, GUIDANCE),

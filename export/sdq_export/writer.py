@@ -41,6 +41,7 @@ from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import notice, source_info, tool_versions
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.scratch import scratch_in
 from sdq_export.source import Source
 from sdq_export.tokenizer import text_info, tokenizer_json
 
@@ -104,7 +105,7 @@ def export_package(
     if prologue == "int8" and checkpoint is None:
         raise SdqError("An INT8 prologue is for quantized packages.", "Leave --prologue out, or export a training run.")
     source = source.for_spec(checkpoint.spec if checkpoint else None)
-    with _claimed(out) as folder:
+    with _claimed(out) as folder, _staging(folder) as staging:
         source.family.check_source(source)
         _check_encoder(source, vae_encoder)
         multiple = _size_multiple(source) if dynamic_size else None
@@ -114,7 +115,7 @@ def export_package(
         report.require()
         on_stage("writing", 0, 0)
         manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report, multiple)
-        package = _write(folder, source, plan, components, manifest)
+        package = _write(folder, staging, source, plan, components, manifest)
     return ExportResult(package, report, plan, samples)
 
 
@@ -282,21 +283,34 @@ def sampler_info(plan: SamplerPlan, guidance_scale: float) -> SamplerInfo:
     )
 
 
-def _write(folder: Path, source: Source, plan: SamplerPlan, components: Components, manifest: Manifest) -> Package:
-    """Write all files aside, check them, then put them in the place of what is there.
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder beside the package's files for what is not theirs yet; what a killed export left is removed.
 
-    A full disk is met before a package that is already here is touched.
+    The output is marked as a package in the making before anything is put there, so that it can be claimed again.
     """
     if folder_kind(folder) != "package":
         PackageEditor.create(folder)
     for killed in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(killed, ignore_errors=True)
     staging = folder / f"{_STAGING}{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
     try:
-        _stage(staging / "new", source, plan, components, manifest)
-        return _swap(folder, staging / "new", staging / "old", manifest)
+        with scratch_in(staging):
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write(
+    folder: Path, staging: Path, source: Source, plan: SamplerPlan, components: Components, manifest: Manifest
+) -> Package:
+    """Write all files aside, check them, then put them in the place of what is there.
+
+    A full disk is met before a package that is already here is touched.
+    """
+    _stage(staging / "new", source, plan, components, manifest)
+    return _swap(folder, staging / "new", staging / "old", manifest)
 
 
 def _swap(folder: Path, new: Path, old: Path, manifest: Manifest) -> Package:

@@ -41,7 +41,7 @@ def options(model: Path, out: Path) -> list[str]:
     return ["export", str(model), "--out", str(out), "--num-inference-steps", "3"]
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "export", "engines"))
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -50,7 +50,12 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         text=True,
         errors="replace",  # of a read that ends inside of a bar
-        env={**os.environ, "PYTHONPATH": paths, "FORCE_COLOR": "1"},  # bars as on a terminal: they say where it is
+        env={
+            **os.environ,
+            "PYTHONPATH": paths,
+            "FORCE_COLOR": "1",
+            **variables,
+        },  # bars as on a terminal: they say where it is
         # A shell that runs the tests in the background has SIGINT ignored, which a child would inherit.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -121,6 +126,22 @@ def test_a_kill_while_files_are_replaced_is_never_read_as_a_package(tiny_sd: Pat
     package = open_package(out, verify="full")
     assert package.manifest.sampler.num_inference_steps == 3
     assert set(contents(out)) == {"manifest.json", *package.manifest.files}
+
+
+def test_what_a_kill_in_parity_leaves_is_removed_by_the_next_export(tiny_sd: Path, tmp_path: Path) -> None:
+    """Graphs that parity opens lie on the output's disk, and nowhere else."""
+    out, system = tmp_path / "package", tmp_path / "system"
+    system.mkdir()
+    process = start("-m", "sdq_deploy.cli.main", *options(tiny_sd, out), TMPDIR=str(system))
+    said_until(process, "parity")
+    process.kill()
+    finish(process)
+    assert not list(system.glob("sdq*"))
+    assert list(out.glob(".staging-*"))
+    with pytest.raises(SystemExit) as exit_:
+        main.run(options(tiny_sd, out))
+    assert exit_.value.code == 0
+    assert set(contents(out)) == {"manifest.json", *open_package(out, verify="full").manifest.files}
 
 
 def signalled(number: int) -> Callable[[PackageEditor, str, Path], None]:

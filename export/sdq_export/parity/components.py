@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from sdq_export.families.base import TextEncoder
 from sdq_export.parity.graphs import open_graph
 from sdq_export.parity.report import Criterion
+from sdq_export.scratch import temporary_folder
 from sdq_export.source import Source
 
 __all__ = ["check_text_encoder", "check_vae_decoder", "check_vae_encoder"]
@@ -50,7 +50,7 @@ def check_vae_encoder(graph: ir.Model, module: nn.Module, decoder: nn.Module, la
 
 
 def _run(graph: ir.Model, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    with tempfile.TemporaryDirectory(prefix="sdq-parity-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder() as folder:
         session = open_graph(graph, Path(folder))
     results: list[NDArray[Any]] = session.run(None, feeds)
     return results

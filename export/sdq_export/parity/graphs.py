@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sdq_engines.lowering.save import save_graph
 from sdq_engines.package.schema import EXTRA_CHANNELS
 from sdq_export.conditioning import Conditioning
 from sdq_export.sampler.plan import SamplerPlan, StepMap
+from sdq_export.scratch import temporary_folder
 
 __all__ = ["GraphRunner", "identity_row", "open_graph", "step_feeds"]
 
@@ -80,7 +80,7 @@ class GraphRunner:
     ) -> None:
         self.plan = plan
         # graphs of several gigabytes do not fit into protobuf's memory; from a file they do
-        with tempfile.TemporaryDirectory(prefix="sdq-parity-", ignore_cleanup_errors=True) as folder:
+        with temporary_folder() as folder:
             self.session = open_graph(denoiser, Path(folder) / "denoiser")
             prologue_session = open_graph(prologue, Path(folder) / "prologue")
         names = [output.name for output in prologue_session.get_outputs()]

@@ -49,6 +49,14 @@ class TeacherSamples:
     outputs: Tensor
     extra: Tensor | None = None
 
+    def first(self) -> TeacherSamples:
+        """The first sample alone."""
+        rows = [0, len(self.conditioning) // 2]
+        extra = None if self.extra is None else self.extra[:1]
+        return TeacherSamples(
+            self.conditioning[rows], self.guidance_scale, self.model_inputs[:, :1], self.outputs[:, :1], extra
+        )
+
     def distances(self, outputs: NDArray[np.float32] | Tensor, step: int) -> NDArray[np.float64]:
         """Relative L2 distance of each sample's guided output [N, C, h, w] from the teacher's, [N]."""
         found, wanted = torch.as_tensor(outputs).flatten(1), self.outputs[step].flatten(1)
