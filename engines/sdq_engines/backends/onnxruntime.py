@@ -77,9 +77,18 @@ class OnnxRuntimeBackend:
 
 
 def open_session(
-    model: Path | bytes, providers: Sequence[Provider] = (CPU,), threads: int | None = None
+    model: Path | bytes,
+    providers: Sequence[Provider] = (CPU,),
+    threads: int | None = None,
+    fold_constants: bool = True,
 ) -> ort.InferenceSession:
     """Open a graph with the options that keep quantized arithmetic exact.
+
+    Args:
+        model: a file, or its bytes.
+        providers: in order of preference.
+        threads: of the CPU; None leaves it to ONNX Runtime.
+        fold_constants: without, weights stay as they are stored, and each run makes FP32 of them, one after the other.
 
     Raises:
         SdqError: a provider that this build of ONNX Runtime lacks, or a graph that it refuses.
@@ -101,7 +110,8 @@ def open_session(
         settings.intra_op_num_threads = threads
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return ort.InferenceSession(source, settings, providers=list(providers))
+        kept = None if fold_constants else ["ConstantFolding"]
+        return ort.InferenceSession(source, settings, providers=list(providers), disabled_optimizers=kept)
     except Exception as error:  # onnxruntime raises bare pybind exceptions of several kinds
         raise SdqError(f"ONNX Runtime refuses {'the graph' if isinstance(model, bytes) else model}: {error}") from error
 

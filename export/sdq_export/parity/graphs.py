@@ -23,10 +23,15 @@ __all__ = ["GraphRunner", "identity_row", "open_graph", "step_feeds"]
 
 Arrays = dict[str, NDArray[Any]]
 
+_FOLDED_BYTES = 2 << 30
+"""Beside the torch reference there is no room for a second copy of a larger denoiser's weights in FP32."""
+
 
 def open_graph(model: ir.Model, folder: Path) -> Any:
     """Open a graph in ONNX Runtime through files in ``folder``, with as many threads as torch uses."""
-    return open_session(save_graph(model, folder), threads=torch.get_num_threads())
+    numbers = sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value)
+    folds = numbers * 4 <= _FOLDED_BYTES
+    return open_session(save_graph(model, folder), threads=torch.get_num_threads(), fold_constants=folds)
 
 
 def identity_row(slots: int) -> NDArray[np.float32]:
