@@ -77,6 +77,10 @@ class Source:
                 remember_whole_mask(self._parts[name], self.vae)
         return self._parts[name]
 
+    def release(self, name: str) -> None:
+        """Forget a loaded part, and with it its memory; it is read again when it is asked for."""
+        self._parts.pop(name, None)
+
     def with_split_shortcuts(self) -> Source:
         """This checkpoint with its denoiser's shortcuts split (`sdq_export.shortcuts`); the rest is shared.
 
