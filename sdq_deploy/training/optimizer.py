@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -44,8 +43,6 @@ def make_optimizer(groups: list[dict[str, Any]], fit: Fit, device: torch.device)
     if fit.optimizer_state == "fp32":
         return torch.optim.AdamW(groups, betas=fit.betas, fused=device.type in ("cpu", "cuda"))
     check_optimizer(fit)
-    # It warns of kernels for inference that are not installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from bitsandbytes.optim import AdamW8bit
 
     made: torch.optim.Optimizer = AdamW8bit(groups, betas=fit.betas, min_8bit_size=_SMALLEST)

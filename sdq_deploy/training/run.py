@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 from datetime import timedelta
@@ -113,12 +114,14 @@ def _claim(settings: TrainingSettings, resume: bool) -> None:
 
 
 def _silence_libraries() -> None:
-    """One progress display: ours."""
+    """One progress display: ours; no warnings of what is not used."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
+    # where it is installed accelerate imports it, and it warns of kernels for inference that are not there
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def resume_command(settings: TrainingSettings) -> str:
