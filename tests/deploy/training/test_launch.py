@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSI
 
 
 def launch_nodes(*arguments: str | Path) -> list[subprocess.Popen[str]]:
-    """Start the two nodes; each is a launcher with its process, in a session of its own."""
+    """Start the two nodes; each is a launcher with its process."""
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "export", "engines"))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     port = str(free_port())
@@ -32,17 +32,15 @@ def launch_nodes(*arguments: str | Path) -> list[subprocess.Popen[str]]:
         command += ["--num_processes", "2", "--machine_rank", rank, "--main_process_ip", "127.0.0.1"]
         command += ["--main_process_port", port, "--rdzv_backend", "static", "--mixed_precision", "no"]
         command += ["--dynamo_backend", "no", "-m", "sdq_deploy.cli.main", *map(str, arguments)]
-        nodes.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )  # fmt: skip
+        node = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+        nodes.append(node)
     return nodes
 
 
@@ -53,10 +51,11 @@ def finish(nodes: list[subprocess.Popen[str]]) -> None:
 
 
 def kill(nodes: list[subprocess.Popen[str]]) -> None:
-    """SIGKILL for the launchers and what they launched, all at once."""
-    for node in nodes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGKILL)
+    """SIGKILL for the launchers and what they launched, all at once: a killed launcher would leave its processes."""
+    launchers = [psutil.Process(node.pid) for node in nodes if node.poll() is None]
+    for process in [*launchers, *(child for each in launchers for child in each.children(recursive=True))]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     for node in nodes:
         node.communicate()
 
