@@ -60,6 +60,7 @@ def kill(nodes: list[subprocess.Popen[str]]) -> None:
         node.communicate()
 
 
+@pytest.mark.slow
 def test_both_nodes_killed_in_the_fit_and_resumed_end_where_an_undisturbed_launch_ends(
     tiny_sd: Path, finished_run: Path, tmp_path: Path
 ) -> None:
