@@ -100,6 +100,10 @@ class Source:
         model = load_skeleton(self._kind(self.family.denoiser), self.folder / self.family.denoiser)
         return split_shortcuts(model) if self.splits_shortcuts else model
 
+    def release(self, name: str) -> None:
+        """Forget a loaded part, and with it its memory; it is read again when it is asked for."""
+        self._parts.pop(name, None)
+
     def with_split_shortcuts(self) -> Source:
         """This checkpoint with its denoiser's shortcuts split (`sdq_export.shortcuts`); loaded other parts are shared.
 

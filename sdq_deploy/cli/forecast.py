@@ -40,15 +40,22 @@ def _rows(found: Forecast) -> list[tuple[str, str]]:
     if found.sensitive:
         total = sum(found.quantized_weights.values())
         rows.append(("sensitive layers", f"{found.sensitive} of {total}, chosen by measurement after calibration"))
-    rows.append(("serial dataset", f"{found.latents:,} latents, {_bytes(found.dataset_bytes)} on disk"))
+    rows.append(
+        (
+            "serial dataset",
+            f"{found.latents:,} latents, {_bytes(found.dataset_bytes)} on disk, read batch by batch: "
+            f"{_bytes(found.dataset_memory_bytes)} of the host's memory",
+        )
+    )
     if found.train_steps:
         state, frozen = _bytes(found.trainable_bytes), _bytes(found.frozen_bytes)
         rows += [
             ("training", f"{found.method}, {found.train_steps:,} steps of batch {found.batch_size}"),
             (
                 "memory, one process",
-                f"about {_bytes(found.memory_bytes)}: {state} that learns (with gradients and moments), "
-                f"{frozen} that does not, {_bytes(found.activation_bytes)} of activations",
+                f"about {_bytes(found.memory_bytes)}: {state} that learns (with gradients, and "
+                f"{_bytes(found.optimizer_bytes)} of moments in {found.optimizer_state}), {frozen} that does not "
+                f"(the teacher {_bytes(found.teacher_bytes)}), {_bytes(found.activation_bytes)} of activations",
             ),
             (
                 "time, one device",

@@ -96,7 +96,7 @@ def train(
 ) -> None:
     """Train a quantized denoiser and save it as RUN/checkpoint.
 
-    Several processes: accelerate launch --num_processes 2 -m sdq_deploy.cli.main train ...
+    Several processes: accelerate launch --multi_gpu --num_processes 2 -m sdq_deploy.cli.main train ...
 
     Example: sdq-deploy train shapes-64 --out build/run --precision w4a8
     """

@@ -17,6 +17,7 @@ __all__ = [
     "Fit",
     "Freezing",
     "Method",
+    "OptimizerState",
     "PerBits",
     "Pipeline",
     "Precision",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 Precision = Literal["w8a8", "w4a8", "w4a16"]
+OptimizerState = Literal["fp32", "8bit"]
 Pipeline = Literal["serial-to-parallel", "parallel", "serial"]
 
 #: How integers and scales are found; docs/methods.md describes each.
@@ -146,6 +148,10 @@ class Fit(_Section):
     gradient_checkpointing: bool
     mixed_precision: Literal["no", "bf16", "fp16"]
     """Of the layers under training; fake quantization and all measuring stay in FP32."""
+    optimizer_state: OptimizerState = "fp32"
+    """What AdamW's moments are kept in; 8bit needs the extra 8bit (bitsandbytes)."""
+    offload_teacher: bool = False
+    """Keep the teacher's weights on the CPU while the student trains; a layer's are on the device while it computes."""
 
 
 class Freezing(_Section):

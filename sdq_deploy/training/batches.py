@@ -72,6 +72,7 @@ class _Source:
         share = total // processes
         self.part = slice(share * context.accelerator.process_index, share * (context.accelerator.process_index + 1))
         self.empty = data.empty.to(self.device) if data.guided else None
+        self.orders: dict[tuple[str, int, int], Tensor] = {}
 
     def conditioning(self, prompt_ids: Tensor) -> Conditioning:
         return self.data.conditioning[prompt_ids].to(self.device)
@@ -83,11 +84,15 @@ class _Source:
         """Indices of the whole batch: one random order of the population after the other, cut into batches."""
         first = iteration * self.total
         positions = torch.arange(first, first + self.total)
-        orders = {
-            int(epoch): torch.randperm(population, generator=self.generator(purpose, int(epoch)))
-            for epoch in torch.unique(positions // population)
-        }
+        epochs = torch.unique(positions // population).tolist()
+        keys = [(purpose, population, epoch) for epoch in epochs]
+        # kept from batch to batch: an order of 100,000 rows takes longer to draw than its rows to read
+        self.orders = {key: self.orders[key] if key in self.orders else self._order(*key) for key in keys}
+        orders = dict(zip(epochs, self.orders.values(), strict=True))
         return torch.stack([orders[int(position) // population][int(position) % population] for position in positions])
+
+    def _order(self, purpose: str, population: int, epoch: int) -> Tensor:
+        return torch.randperm(population, generator=self.generator(purpose, epoch))
 
     def observe(self, iteration: int, outputs: ModelOutputs) -> None:
         """Nothing to learn from the outputs."""
@@ -126,7 +131,7 @@ class ParallelSource(_Source):
         prompts = self.drawn(len(clean), iteration, "prompts")
         generator = self.generator("noise", iteration)
         steps = torch.randint(plan.calls, (self.total,), generator=generator)
-        noise = torch.randn(clean[prompts].shape, generator=generator)
+        noise = torch.randn((self.total, *clean.shape[1:]), generator=generator)
         keep, add = torch.from_numpy(plan.noising)[steps].reshape(self.total, 2, 1, 1, 1).unbind(1)
         scale = torch.tensor([float(plan.step_map(int(step), int(step)).u[0]) for step in steps]).reshape(-1, 1, 1, 1)
         latents = scale * (keep * clean[prompts] + add * noise)

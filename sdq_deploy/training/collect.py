@@ -2,20 +2,35 @@
 
 A shard is the unit of work: always the same prompts, computed together, with seeds and kept steps that depend on the
 run's seed and the prompt's position alone. So any number of processes makes the same set, and a killed collection
-loses the shards under way, no more.
+loses the shards under way, no more. What is in memory is one shard, whatever the number of prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sdq_deploy.training.context import TrainingContext
-from sdq_deploy.training.dataset import INDEX, Shard, load_prompts, save_prompts, shard_is_whole, shard_name, shard_of
+from sdq_deploy.training.dataset import (
+    EMPTY,
+    INDEX,
+    Shard,
+    load_empty,
+    load_prompts,
+    prompts_file,
+    save_empty,
+    save_prompts,
+    shard_is_whole,
+    shard_name,
+    shard_of,
+)
 from sdq_deploy.training.guidance import ModelOutputs, guide, predict_outputs
 from sdq_deploy.training.prompts import stable_seed
+from sdq_deploy.training.sharing import await_files
 from sdq_engines.files import atomic_write_json
 from sdq_export.conditioning import Conditioning
 from sdq_export.sampler import run_sampler
@@ -34,39 +49,85 @@ def collect(context: TrainingContext, inputs: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     work = _shards_of(context)
     if accelerator.is_main_process:
-        _remove_others(context, [name for name, _, _ in work])
-        _write_prompts(context)
-    accelerator.wait_for_everyone()
-    prompts = load_prompts(folder)
+        _remove_others(context, [task.name for task in work])
     mine = work[accelerator.process_index :: accelerator.num_processes]
-    missing = [item for item in mine if not shard_is_whole(folder / item[0], inputs)]
+    _encode(context, mine, inputs)
+    accelerator.wait_for_everyone()
+    await_files([folder / EMPTY])
+    empty = load_empty(folder)
+    missing = [task for task in mine if not shard_is_whole(folder / task.name, inputs)]
     with context.bar("collect", len(mine), len(mine) - len(missing)) as advance:
-        for name, split, members in missing:
-            shard = collect_shard(context, split, members, prompts[split][members], prompts["empty"])
-            shard.save(folder / name, inputs)
+        for task in missing:
+            shard = collect_shard(context, task.split, task.members, load_prompts(folder, task.name), empty)
+            shard.save(folder / task.name, inputs)
             advance()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        atomic_write_json(folder / INDEX, {"inputs": inputs, "shards": [name for name, _, _ in work]})
+        atomic_write_json(folder / INDEX, {"inputs": inputs, "shards": [task.name for task in work]})
     accelerator.wait_for_everyone()
 
 
-def _shards_of(context: TrainingContext) -> list[tuple[str, str, range]]:
-    """(file, split, positions of its prompts) of every shard, held-out prompts first."""
+@dataclass(frozen=True)
+class _Task:
+    """One shard to make: its file, its split and the positions of its prompts there."""
+
+    name: str
+    split: str
+    members: range
+
+
+def _shards_of(context: TrainingContext) -> list[_Task]:
+    """Every shard, held-out prompts first."""
     size = context.recipe.collect.prompts_per_shard
     splits = (("validation", context.prompts.validation), ("training", context.prompts.training))
     return [
-        (shard_name(split, number), split, range(first, min(first + size, len(prompts))))
+        _Task(shard_name(split, number), split, range(first, min(first + size, len(prompts))))
         for split, prompts in splits
         for number, first in enumerate(range(0, len(prompts), size))
     ]
 
 
 def _remove_others(context: TrainingContext, wanted: Sequence[str]) -> None:
-    """Shards of an earlier, larger dataset would be read with the new ones."""
-    for path in context.folder.dataset.glob("*-*.safetensors"):
-        if path.name not in wanted:
+    """Shards of an earlier, larger dataset are of no use any more."""
+    folder, names = context.folder.dataset, set(wanted)
+    for path in (*folder.glob("*-*.safetensors"), *prompts_file(folder, "").glob("*-*.safetensors")):
+        if path.name not in names:
             path.unlink()
+
+
+def _encode(context: TrainingContext, tasks: Sequence[_Task], inputs: str) -> None:
+    """Write the conditioning of these shards' prompts and, in the main process, of the empty one.
+
+    Before the teacher is there to share the memory with.
+    Each shard's by itself: how many go through an encoder together decides its rounding, and that must not depend on
+    the number of processes.
+    """
+    folder, prompts, source = context.folder.dataset, context.prompts, context.source
+    missing = [task for task in tasks if not shard_is_whole(prompts_file(folder, task.name), inputs)]
+    lacks_empty = context.accelerator.is_main_process and not shard_is_whole(folder / EMPTY, inputs)
+    if not missing and not lacks_empty:
+        return
+    lists = {"training": prompts.training, "validation": prompts.validation}
+    with _text_encoders(context), context.bar("encode prompts", len(missing)) as advance:
+        if lacks_empty:
+            save_empty(folder, source.family.encode_prompts(source, [None]), inputs)
+        for task in missing:
+            texts = [lists[task.split][member] for member in task.members]
+            save_prompts(folder, task.name, source.family.encode_prompts(source, texts), inputs)
+            advance()
+
+
+@contextmanager
+def _text_encoders(context: TrainingContext) -> Iterator[None]:
+    """Have the text encoders on the device for the length of the block. No later stage needs them: they are let go."""
+    names = [encoder.component for encoder in context.source.family.text_encoders]
+    for name in names:
+        context.source.part(name).to(context.device)
+    try:
+        yield
+    finally:
+        for name in names:
+            context.source.release(name)
 
 
 @torch.no_grad()
@@ -129,15 +190,3 @@ def kept_steps(context: TrainingContext, split: str, member: int) -> Tensor:
     generator = torch.Generator().manual_seed(stable_seed(context.seed, "steps", member))
     chosen = torch.randperm(calls, generator=generator)[: context.recipe.collect.steps_per_prompt]
     return torch.zeros(calls, dtype=torch.bool).index_fill_(0, chosen, True)
-
-
-def _write_prompts(context: TrainingContext) -> None:
-    source, prompts = context.source, context.prompts
-    family = source.family
-    encoders = [source.part(encoder.component) for encoder in family.text_encoders]
-    lists = {"training": prompts.training, "validation": prompts.validation, "empty": [None]}
-    for encoder in encoders:
-        encoder.to(context.device)
-    save_prompts(context.folder.dataset, {name: family.encode_prompts(source, each) for name, each in lists.items()})
-    for encoder in encoders:  # they are not needed again, and their memory is
-        encoder.to("cpu")

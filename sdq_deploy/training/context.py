@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.prompts import PromptSplit, split_prompts
+from sdq_deploy.training.teacher import make_teacher
 from sdq_export.checkpoint import SamplerSettings, SourceRef
 from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler import SamplerPlan, compile_sampler, make_scheduler
@@ -96,8 +96,11 @@ class TrainingContext:
     @cached_property
     def teacher(self) -> StepDenoiser:
         """The floating-point denoiser by step, on the device, without gradients."""
-        denoiser = StepDenoiser(copy.deepcopy(self.source.denoiser), self.timesteps)
-        return denoiser.to(self.device).eval().requires_grad_(False)
+        return make_teacher(self.source.denoiser, self.timesteps, self.device)
+
+    def release_teacher(self) -> None:
+        """Give the teacher's memory back; it is made again when it is asked for."""
+        self.__dict__.pop("teacher", None)
 
     @cached_property
     def spec(self) -> QuantSpec:

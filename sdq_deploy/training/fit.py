@@ -27,10 +27,14 @@ from sdq_deploy.training.guidance import ModelOutputs, predict_outputs
 from sdq_deploy.training.log import TrainingLog, read_log
 from sdq_deploy.training.losses import distillation_loss, layer_outputs, output_loss, step_weights
 from sdq_deploy.training.memory import peak_bytes, reset_peak, state_bytes
+from sdq_deploy.training.optimizer import make_optimizer, optimizer_bytes
 from sdq_deploy.training.result import write_result
 from sdq_deploy.training.resume import drop_resume, read_resume, write_resume
+from sdq_deploy.training.sharing import await_files
 from sdq_deploy.training.student import Student, parameter_groups
+from sdq_deploy.training.teacher import fit_teacher
 from sdq_deploy.training.trajectory import trajectory_snr
+from sdq_engines.errors import SdqError
 from sdq_export.conditioning import Conditioning
 from sdq_export.stepping import StepDenoiser
 
@@ -63,6 +67,7 @@ class FitPlan:
 def full_training(context: TrainingContext) -> FitPlan:
     """Ours: every parameter of the student learns, by the recipe as it is."""
     recipe = context.recipe
+    await_files([context.folder.scales, context.folder.sensitivity])
     student = Student(context.source.denoiser, context.timesteps, context.spec, load_file(context.folder.scales))
     sensitive: list[str] = json.loads(context.folder.sensitivity.read_text(encoding="utf-8"))["sensitive"]
     return FitPlan(recipe.fit, recipe.freezing, student, parameter_groups(student, recipe.fit), sensitive)
@@ -122,11 +127,13 @@ class Fitting:
         if self.recipe.gradient_checkpointing:
             self.student.denoiser.enable_gradient_checkpointing()
         reset_peak(context.device)
-        optimizer = torch.optim.AdamW(
-            plan.groups, betas=self.recipe.betas, fused=context.device.type in ("cpu", "cuda")
-        )
+        optimizer = make_optimizer(plan.groups, self.recipe, context.device)
         self.trainee, self.optimizer = self.accelerator.prepare(_Trainee(self.student.denoiser), optimizer)
         self.sensitive = plan.sensitive
+        context.release_teacher()  # that of the other stages
+        self.teacher = fit_teacher(
+            context.source.denoiser, context.timesteps, context.device, self.recipe, len(self.sensitive)
+        )
         self.freezing = FreezingTracker(self.student, self.sensitive, plan.freezing)
         self.average = MovingAverage(self.student.denoiser, self.recipe.ema_decay)
         self.training, self.held_out = (load_split(context.folder.dataset, name) for name in ("training", "validation"))
@@ -195,9 +202,9 @@ class Fitting:
 
     @torch.no_grad()
     def _teach(self, batch: Batch, layers: list[str]) -> tuple[ModelOutputs, dict[str, Tensor]]:
-        teacher = self.context.teacher
-        with layer_outputs(teacher, layers) as hidden:
-            outputs = predict_outputs(teacher, batch.latents, batch.steps, batch.conditioning, batch.empty)
+        assert self.teacher is not None, "teacher_is_asked says when"
+        with layer_outputs(self.teacher, layers) as hidden:
+            outputs = predict_outputs(self.teacher, batch.latents, batch.steps, batch.conditioning, batch.empty)
         return outputs, dict(hidden)
 
     def _validate(self) -> dict[str, float]:
@@ -213,12 +220,16 @@ class Fitting:
         return {"trajectory_snr_db": snr, **self.memory()}
 
     def memory(self) -> dict[str, Any]:
-        """Trainable state and peak in bytes, beside the trainable state of training every parameter."""
+        """In bytes: trainable state and peak, beside the trainable state of training every parameter with FP32 moments;
+        the optimizer's share of the first as it is (0 before the first step)."""
         student = self.student
         adapters = {id(parameter) for parameter in student.adapter_parameters()}
         every = [parameter for parameter in student.denoiser.parameters() if id(parameter) not in adapters]
         return {
-            "trainable_state_bytes": state_bytes(p for p in student.denoiser.parameters() if p.requires_grad),
+            "trainable_state_bytes": state_bytes(
+                (p for p in student.denoiser.parameters() if p.requires_grad), self.recipe.optimizer_state
+            ),
+            "optimizer_state_bytes": optimizer_bytes(self.optimizer),
             "full_training_state_bytes": state_bytes(every),
             "peak_memory_bytes": peak_bytes(self.context.device),
         }
@@ -264,6 +275,7 @@ class Fitting:
 
     def _load_resume(self) -> None:
         saved = read_resume(self.folder, self.inputs)
+        self._check_agreement(0 if saved is None else saved["step"])
         if saved is None:
             return
         self.step, self.result = saved["step"], saved["result"]
@@ -273,3 +285,16 @@ class Fitting:
         self.average.load_state_dict(saved["average"])
         if saved["pipeline"] is not None:
             self.source.restore(saved["pipeline"])
+
+    def _check_agreement(self, step: int) -> None:
+        """All processes continue from the same step.
+
+        Raises:
+            SdqError: they do not see the same resume point.
+        """
+        steps = self.accelerator.gather(torch.tensor([step], device=self.context.device)).tolist()
+        if len(set(steps)) > 1:
+            raise SdqError(
+                f"The processes see different resume points, of the steps {', '.join(map(str, sorted(set(steps))))}.",
+                "Every node must see the same run folder; where it does, start again in a minute.",
+            )

@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdq_deploy.recipes.schema import OptimizerState
+from sdq_deploy.training.optimizer import moment_bytes
+
 __all__ = ["peak_bytes", "reset_peak", "state_bytes"]
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-def state_bytes(parameters: Iterable[nn.Parameter]) -> int:
+def state_bytes(parameters: Iterable[nn.Parameter], moments: OptimizerState = "fp32") -> int:
     """Bytes that training keeps for these parameters: each with its gradient and AdamW's two moments."""
-    return sum(4 * parameter.numel() * parameter.element_size() for parameter in parameters)
+    return sum(
+        2 * parameter.numel() * parameter.element_size() + moment_bytes(parameter, moments) for parameter in parameters
+    )
 
 
 def reset_peak(device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,17 +47,38 @@ def table_error(context: TrainingContext) -> float:
     rows = torch.cat([data.at_step(step, 1) for step in range(context.plan.calls)])
     latents, steps = data.shard.latents[rows], data.shard.steps[rows]
     conditioning = data.conditioning[data.shard.prompt_ids[rows]]
-    found, wanted = [], []
-    for part in torch.split(torch.arange(len(rows)), 4):
-        device = context.device
-        prompts = conditioning[part].to(device)
-        found.append(context.teacher(latents[part].to(device), steps[part].to(device), prompts).cpu())
-        wanted.append(_original(context, latents[part], context.timesteps[steps[part]], prompts))
+    parts = torch.split(torch.arange(len(rows)), 4)
+    wanted = _originals(context, latents, context.timesteps[steps], conditioning, parts)
+    device = context.device
+    found = [
+        context.teacher(latents[part].to(device), steps[part].to(device), conditioning[part].to(device)).cpu()
+        for part in parts
+    ]
     difference = torch.linalg.vector_norm(torch.cat(found) - torch.cat(wanted))
     return float(difference / torch.linalg.vector_norm(torch.cat(wanted)))
 
 
-def _original(context: TrainingContext, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    denoiser, device = context.source.denoiser.to(context.device), context.device
-    given = with_extra(denoiser, latents.to(device))
-    return context.source.family.predict(denoiser, given, timesteps.to(device), conditioning).cpu()
+def _originals(
+    context: TrainingContext,
+    latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    parts: Sequence[Tensor],
+) -> list[Tensor]:
+    """The original denoiser's outputs for parts of the rows. It is on the device for that long, in the teacher's
+    place."""
+    context.release_teacher()
+    denoiser, device = context.source.denoiser, context.device
+    denoiser.to(device)
+    try:
+        return [
+            context.source.family.predict(
+                denoiser,
+                with_extra(denoiser, latents[part].to(device)),
+                timesteps[part].to(device),
+                conditioning[part].to(device),
+            ).cpu()
+            for part in parts
+        ]
+    finally:
+        denoiser.to("cpu")

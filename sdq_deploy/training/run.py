@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import INDEX
 from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.methods.checks import check_method
+from sdq_deploy.training.optimizer import check_optimizer
 from sdq_deploy.training.runner import run_stages
 from sdq_engines.errors import SdqError
 from sdq_engines.files import claim_output
@@ -20,12 +24,33 @@ from sdq_export.source import Source, load_source
 
 __all__ = ["make_accelerator", "read_settings", "recorded_settings", "run_training"]
 
+#: How long processes wait for the one that works before they take it for dead.
+LONGEST_STAGE = timedelta(hours=12)
+
 
 def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Any:
-    """accelerate's view of this process's devices, with the recipe's mixed precision."""
-    from accelerate import Accelerator
+    """accelerate's view of this process's devices, with the recipe's mixed precision.
 
-    return Accelerator(mixed_precision=recipe.fit.mixed_precision, cpu=cpu)
+    Raises:
+        SdqError: it was launched with a strategy that cuts the model into pieces.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # Some stages run in the main process while the others wait, at real size longer than the default of 10 minutes.
+    waiting = InitProcessGroupKwargs(timeout=LONGEST_STAGE)
+    _refuse_sharding()
+    return Accelerator(mixed_precision=recipe.fit.mixed_precision, cpu=cpu, kwargs_handlers=[waiting])
+
+
+def _refuse_sharding() -> None:
+    """Freezing, the checkpoint and the resume point look at whole weights: every process holds the whole student."""
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+            raise SdqError(
+                f"Training under {name}, which cuts the student into pieces, is not supported.",
+                "Launch it with accelerate launch --multi_gpu; see docs/training-at-size.md for what saves memory.",
+            )
 
 
 def run_training(
@@ -58,6 +83,7 @@ def run_training(
     from sdq_deploy.cli.shared import new_progress
 
     _silence_libraries()
+    check_optimizer(settings.recipe.fit)
     accelerator = make_accelerator(settings.recipe, cpu=cpu)
     check_method(settings.recipe, accelerator.num_processes)
     if accelerator.is_main_process:
@@ -88,12 +114,14 @@ def _claim(settings: TrainingSettings, resume: bool) -> None:
 
 
 def _silence_libraries() -> None:
-    """One progress display: ours."""
+    """One progress display: ours; no warnings of what is not used."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
+    # where it is installed accelerate imports it, and it warns of kernels for inference that are not there
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def resume_command(settings: TrainingSettings) -> str:
@@ -138,9 +166,10 @@ def _adopt_dataset(context: TrainingContext, other: Path) -> None:
         raise SdqError(f"{other} is not a training run: it has no run.json.", "Give --dataset another run's folder.")
     if not (source / INDEX).is_file() or (target / INDEX).is_file():
         return
-    target.mkdir(parents=True, exist_ok=True)
-    for path in source.glob("*.safetensors"):
-        shutil.copy2(path, target / path.name)
+    for path in source.rglob("*.safetensors"):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
 
 
 def _quoted(text: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sdq_deploy.recipes.schema import Method
+from sdq_deploy.recipes.schema import Fit, Method
 from sdq_deploy.training.calibrate import calibrate
 from sdq_deploy.training.collect import collect
 from sdq_deploy.training.context import TrainingContext
@@ -65,14 +65,20 @@ def _calibrate_inputs(context: TrainingContext) -> Any:
     return [context.spec.model_dump(mode="json"), settings]
 
 
+def _fit_values(recipe: Fit) -> dict[str, Any]:
+    """What of the section decides the result. FP32 moments, the only kind of earlier versions, are not named."""
+    values = recipe.model_dump(mode="json", exclude={"checkpoint_every", "offload_teacher"})
+    return {key: value for key, value in values.items() if (key, value) != ("optimizer_state", "fp32")}
+
+
 def _fit_inputs(context: TrainingContext) -> Any:
-    fit_recipe = context.recipe.fit.model_dump(mode="json", exclude={"checkpoint_every"})
+    fit_recipe = _fit_values(context.recipe.fit)
     return [fit_recipe, context.recipe.freezing.model_dump(mode="json"), context.seed]
 
 
 def _efficientdm_inputs(context: TrainingContext) -> Any:
     recipe = context.recipe
-    shared = shared_fit(recipe.fit, recipe.efficientdm).model_dump(mode="json", exclude={"checkpoint_every"})
+    shared = _fit_values(shared_fit(recipe.fit, recipe.efficientdm))
     return [recipe.method, shared, recipe.efficientdm.model_dump(mode="json"), context.seed]
 
 
@@ -146,7 +152,7 @@ def run_stages(context: TrainingContext, settings: dict[str, Any]) -> list[str]:
     """
     hashes, ran = stage_hashes(context), []
     main = context.accelerator.is_main_process
-    status = context.folder.read_status()
+    status = _agreed(context.folder.read_status())
     status["settings"], status["method"] = settings, context.recipe.method
     for stage in STAGES[context.recipe.method]:
         entry = status["stages"].get(stage.name, {})
@@ -171,6 +177,15 @@ def run_stages(context: TrainingContext, settings: dict[str, Any]) -> list[str]:
     if main:
         context.folder.write_status(status)
     return ran
+
+
+def _agreed(status: dict[str, Any]) -> dict[str, Any]:
+    """The main process's word: on another node run.json may be seen as it was a minute ago, and processes that
+    disagree about what is done wait for each other forever."""
+    from accelerate.utils import broadcast_object_list
+
+    shared: dict[str, Any] = broadcast_object_list([status])[0]
+    return shared
 
 
 def _withdraw_result(context: TrainingContext) -> None:

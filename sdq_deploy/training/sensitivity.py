@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import SerialData, load_split
 from sdq_deploy.training.guidance import ModelOutputs, predict_outputs
+from sdq_deploy.training.stored import Rows
 from sdq_deploy.training.student import Student
 from sdq_engines.files import atomic_write_json
 
@@ -62,7 +63,7 @@ def layer_sqnr(student: Student, data: SerialData, rows: torch.Tensor, layers: l
     return 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))
 
 
-def _rows(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+def _rows(tensor: Rows | None, rows: torch.Tensor) -> torch.Tensor | None:
     return None if tensor is None else tensor[rows]
 
 

@@ -99,6 +99,8 @@ def record_teacher(
     count = samples_for(latent_shape)
     chosen = [prompts[index % len(prompts)] for index in range(count)]
     conditioning = source.family.encode_prompts(source, [*[None] * count, *chosen])
+    for encoder in source.family.text_encoders:  # gigabytes, which are not needed beside the denoiser
+        source.release(encoder.component)
     teacher = StepDenoiser(source.own(source.family.denoiser), torch.from_numpy(plan.timesteps)).eval()
     generator = torch.Generator().manual_seed(_SEED)
     extra = sample_extra(teacher.model, count, torch.Generator().manual_seed(_SEED + 1))

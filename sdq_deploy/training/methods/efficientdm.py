@@ -17,6 +17,7 @@ from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.fit import FitPlan
 from sdq_deploy.training.methods.adapters import attach_adapters
 from sdq_deploy.training.prompts import stable_seed
+from sdq_deploy.training.sharing import await_files
 from sdq_deploy.training.student import Student
 
 __all__ = ["adapter_groups", "adapter_training", "shared_fit"]
@@ -25,6 +26,7 @@ __all__ = ["adapter_groups", "adapter_training", "shared_fit"]
 def adapter_training(context: TrainingContext) -> FitPlan:
     """The fit as EfficientDM does it."""
     recipe = context.recipe
+    await_files([context.folder.scales])
     student = Student(context.source.denoiser, context.timesteps, context.spec, load_file(context.folder.scales))
     attach_adapters(student, recipe.efficientdm.rank, stable_seed(context.seed, "adapters"))
     return FitPlan(

@@ -69,14 +69,15 @@ def start_worker(
 
 def run_workers(model: Path, out: Path, overrides: dict[str, Any] | None = None, *, world: int = 1) -> None:
     """Run a training in `world` processes to its end."""
-    port = _free_port()
+    port = free_port()
     workers = [start_worker(model, out, overrides, rank=rank, world=world, port=port) for rank in range(world)]
     for worker in workers:
         output, _ = worker.communicate(timeout=500)
         assert worker.returncode == 0, output
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
     import socket
 
     with socket.socket() as probe:

@@ -26,7 +26,7 @@ def test_sites_and_disk_are_those_of_the_run(model: Path, finished_run: Path) ->
     assert found.kept == ("conv_in", "conv_out")
     shards = list((finished_run / "dataset").glob("*-*.safetensors"))
     assert sum(len(load_file(shard)["steps"]) for shard in shards) == found.latents
-    written = sum(path.stat().st_size for path in (finished_run / "dataset").iterdir())
+    written = sum(path.stat().st_size for path in (finished_run / "dataset").rglob("*.*"))
     assert found.dataset_bytes == pytest.approx(written, rel=0.2)  # headers weigh in so small a set
 
 
@@ -56,7 +56,9 @@ def test_adapters_learn_less(model: Path, tmp_path: Path) -> None:
     ours = forecast(small_settings(model, tmp_path))
     adapters = forecast(small_settings(model, tmp_path, {"method": "efficientdm", "efficientdm.rank": 2}))
     assert adapters.trainable_bytes < ours.trainable_bytes / 3
-    assert adapters.frozen_bytes > ours.frozen_bytes
+    # the student's weights rest, and nothing asks the teacher: the dataset has its outputs
+    assert adapters.teacher_bytes == 0 < ours.teacher_bytes
+    assert adapters.frozen_bytes >= 4 * adapters.parameters
 
 
 def test_nothing_is_written(model: Path, tmp_path: Path) -> None:

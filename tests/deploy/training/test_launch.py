@@ -1,0 +1,108 @@
+"""`accelerate launch` as docs/training-at-size.md says it: two nodes of one process each, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sdq_deploy.training.log import read_log
+from sdq_export.checkpoint import load_checkpoint
+from tests.deploy.training.helpers import ROOT, free_port
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+
+
+def launch_nodes(*arguments: str | Path) -> list[subprocess.Popen[str]]:
+    """Start the two nodes; each is a launcher with its process."""
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "export", "engines"))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    port = str(free_port())
+    nodes = []
+    for rank in ("0", "1"):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2"]
+        command += ["--num_processes", "2", "--machine_rank", rank, "--main_process_ip", "127.0.0.1"]
+        command += ["--main_process_port", port, "--rdzv_backend", "static", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", "-m", "sdq_deploy.cli.main", *map(str, arguments)]
+        node = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        nodes.append(node)
+    return nodes
+
+
+def finish(nodes: list[subprocess.Popen[str]]) -> None:
+    for node in nodes:
+        output, _ = node.communicate(timeout=500)
+        assert node.returncode == 0, output
+
+
+def kill(nodes: list[subprocess.Popen[str]]) -> None:
+    """SIGKILL for the launchers and what they launched, all at once: a killed launcher would leave its processes."""
+    launchers = [psutil.Process(node.pid) for node in nodes if node.poll() is None]
+    for process in [*launchers, *(child for each in launchers for child in each.children(recursive=True))]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    for node in nodes:
+        node.communicate()
+
+
+@pytest.mark.slow
+def test_both_nodes_killed_in_the_fit_and_resumed_end_where_an_undisturbed_launch_ends(
+    tiny_sd: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    def command(out: Path) -> list[str | Path]:
+        shutil.copytree(finished_run, out, dirs_exist_ok=True)
+        return ["train", tiny_sd, "--out", out, "--resume", "--cpu", "--max-train-steps", "8",
+                "--set", "fit.validate_every=8"]  # fmt: skip
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(launch_nodes(*command(whole)))
+
+    nodes = launch_nodes(*command(broken))
+    resume = broken / "fit" / "resume.pt"
+    while not resume.is_file():
+        if any(node.poll() is not None for node in nodes):
+            kill(nodes)
+            pytest.fail("a node ended before its first resume point")
+        time.sleep(0.02)
+    kill(nodes)
+    assert 0 < torch.load(resume, weights_only=True)["step"] < 8
+    assert not (broken / "checkpoint").exists()
+    finish(launch_nodes("train", tiny_sd, "--out", broken, "--resume", "--cpu"))
+
+    wanted, found = read_log(whole / "log"), read_log(broken / "log")
+    assert [record["step"] for record in found] == list(range(9))
+    assert [record["loss"] for record in found[1:]] == [record["loss"] for record in wanted[1:]]
+    tensors = load_checkpoint(broken).tensors
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in load_checkpoint(whole).tensors.items())
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_strategy_that_cuts_the_student_is_refused(tiny_sd: Path, tmp_path: Path, name: str) -> None:
+    environment = {**os.environ, f"ACCELERATE_USE_{name}": "true", "NO_COLOR": "1", "COLUMNS": "200"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in (".", "export", "engines"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\nblue\n", encoding="utf-8")
+    arguments = ["train", str(tiny_sd), "--out", str(tmp_path / "run"), "--prompts", str(prompts), "--cpu"]
+    result = subprocess.run(
+        [sys.executable, "-m", "sdq_deploy.cli.main", *arguments],
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "is not supported" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
