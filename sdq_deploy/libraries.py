@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 __all__ = ["quiet_libraries"]
 
 
 def quiet_libraries() -> None:
-    """Loading bars of the model libraries would tear our own display."""
+    """Loading bars of the model libraries would tear our own display; other libraries' remarks are no news to a user."""
+    # where it is installed the model libraries import it, and it reports kernels for CPUs that we do not call
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

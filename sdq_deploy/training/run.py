@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from sdq_deploy.libraries import quiet_libraries
 from sdq_deploy.models import resolve_model
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
@@ -82,7 +82,7 @@ def run_training(
     """
     from sdq_deploy.cli.shared import new_progress
 
-    _silence_libraries()
+    quiet_libraries()
     check_optimizer(settings.recipe.fit)
     accelerator = make_accelerator(settings.recipe, cpu=cpu)
     check_method(settings.recipe, accelerator.num_processes)
@@ -111,17 +111,6 @@ def _claim(settings: TrainingSettings, resume: bool) -> None:
             f"{settings.out} already holds a training (status: {folder.read_status()['status']}).",
             f"Continue it with: {resume_command(settings)}, or give another --out.",
         )
-
-
-def _silence_libraries() -> None:
-    """One progress display: ours; no warnings of what is not used."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    # where it is installed accelerate imports it, and it warns of kernels for inference that are not there
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def resume_command(settings: TrainingSettings) -> str:
