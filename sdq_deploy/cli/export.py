@@ -123,6 +123,7 @@ def export(
         else _open_model(source, revision, scheduler, num_inference_steps)
     )
     with _stages() as on_stage:
+        from sdq_export.provenance import what_is_missing
         from sdq_export.writer import export_package
 
         result = export_package(
@@ -141,6 +142,8 @@ def export(
         )
     if not json:
         _print_parity(result.report)
+    if missing := what_is_missing(job.source):
+        status_console.print(missing, markup=False, soft_wrap=True)
     package = result.package
     for name in engines:
         package = _build(result, package, name, profile, quiet=json)

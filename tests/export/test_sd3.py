@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import ExportResult, export_package
 from tests.export.quantized import quantized_checkpoint
+from tests.images import psnr
 from tests.tiny import write_tiny_sd3
 
 KEEP = ("pos_embed.proj", "proj_out")
@@ -40,13 +42,13 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return load_source(write_tiny_sd3(tmp_path_factory.mktemp("sd3") / "model"))
+def source(tiny: Callable[[str], Path]) -> Source:
+    return load_source(tiny("sd3"))
 
 
 @pytest.fixture(scope="module")
-def source_t5(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return load_source(write_tiny_sd3(tmp_path_factory.mktemp("sd3_t5") / "model", t5=True))
+def source_t5(tiny: Callable[[str], Path]) -> Source:
+    return load_source(tiny("sd3-t5"))
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +249,7 @@ def test_an_fp32_package_makes_diffusers_images(
             output_type="np",
         ).images
         images = np.stack([np.asarray(image, np.float64) / 255 for image in found.images])
-        assert -10 * np.log10(np.mean((images - np.round(wanted * 255) / 255) ** 2) + 1e-12) >= 50
+        assert psnr(images, np.round(wanted * 255) / 255) >= 50
 
 
 @pytest.mark.parametrize("engine", ["openvino", "tensorrt-rtx"])
