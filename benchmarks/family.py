@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from checkpoints import DENOISERS, FAMILIES, scaled, write_checkpoint
+from scales import largest_value_scale
 from torch import Tensor
 
 from sdq_deploy.recipes import load_recipe
@@ -44,7 +45,6 @@ from sdq_export.checkpoint import (
 from sdq_export.components import make_denoiser, make_reference
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import source_info, tool_versions
-from sdq_export.quantspec import WeightSite, grid_limits
 from sdq_export.sampler import SamplerPlan, compile_sampler
 from sdq_export.sites import find_sites
 from sdq_export.source import Source, load_source
@@ -85,14 +85,6 @@ def quantized(source: Source, plan: SamplerPlan, precision: str) -> QuantizedChe
     )
     ref = SourceRef(model=source.model, sha256=source.sha256)
     return QuantizedCheckpoint(CheckpointInfo(spec=spec, sampler=settings, source=ref), tensors)
-
-
-def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
-    """[C_out] or [C_out, blocks]: the largest value is the grid's end."""
-    blocks = 1 if site.block_size is None else weight.shape[1] // site.block_size
-    largest = weight.detach().reshape(weight.shape[0], blocks, -1).abs().amax(-1)
-    scale = (largest / grid_limits(site.bits)[1]).clamp_min(1e-6)
-    return scale if site.block_size is not None else scale[:, 0]
 
 
 def export(model: Path, package: Path, precision: str) -> dict[str, float]:

@@ -96,7 +96,7 @@ def print_parity(criteria: dict[str, Any]) -> None:
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:
-    """What `evaluate --write-manifest` has put into the manifest: figures with their intervals, and on which prompts."""
+    """What `evaluate --write-manifest` left in the manifest: figures with their intervals, and on which prompts."""
     prompts = evaluation["prompts"]
     say(
         f"evaluation by {evaluation['engine']} against {evaluation['reference']['model']}: {prompts['count']} images, "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.family import largest_value_scale
+from benchmarks.scales import largest_value_scale
 from sdq_export.checkpoint import (
     CheckpointInfo,
     QuantizedCheckpoint,
