@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from checkpoints import DENOISERS, FAMILIES, scaled, write_checkpoint
 from safetensors import safe_open
+from scales import largest_value_scale
 from torch import Tensor
 
 from sdq_deploy.recipes import load_recipe
@@ -47,10 +48,9 @@ from sdq_export.checkpoint import (
 )
 from sdq_export.components import make_denoiser, make_reference
 from sdq_export.denoiser import DenoiserGraphs
-from sdq_export.int8_storage import prologue_layers, round_to_int8_
+from sdq_export.integer_storage import prologue_layers, round_to_integers_
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import source_info, tool_versions
-from sdq_export.quantspec import WeightSite, grid_limits
 from sdq_export.sampler import SamplerPlan, compile_sampler
 from sdq_export.sites import find_sites
 from sdq_export.source import Source, load_source
@@ -98,14 +98,6 @@ def stored_weights(source: Source) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (safe_open is no dict)
 
 
-def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
-    """[C_out] or [C_out, blocks]: the largest value is the grid's end."""
-    blocks = 1 if site.block_size is None else weight.shape[1] // site.block_size
-    largest = weight.float().reshape(weight.shape[0], blocks, -1).abs().amax(-1)
-    scale = (largest / grid_limits(site.bits)[1]).clamp_min(1e-6)
-    return scale if site.block_size is not None else scale[:, 0]
-
-
 def export(model: Path, package: Path, precision: str, prologue: str) -> dict[str, float]:
     """Write a package of prologue and denoiser; seconds from the quantized checkpoint to the written graphs."""
     source = load_source(model)
@@ -113,9 +105,9 @@ def export(model: Path, package: Path, precision: str, prologue: str) -> dict[st
     checkpoint = quantized(source, plan, precision) if precision != "fp" else None
     started = time.perf_counter()
     reference = make_reference(source, plan, checkpoint, "fp16")
-    int8_layers = prologue_layers(reference) if prologue == "int8" else []
-    round_to_int8_(reference, int8_layers)
-    graphs = make_denoiser(source, plan, reference, checkpoint, "fp16", int8_layers=int8_layers)
+    integer_layers = prologue_layers(reference) if prologue == "int8" else []
+    round_to_integers_(reference.model, integer_layers, "int8")
+    graphs = make_denoiser(source, plan, reference, checkpoint, "fp16", integer_layers=integer_layers)
     made = time.perf_counter()
     editor = PackageEditor.create(package)
     for name, graph in ((PROLOGUE, graphs.prologue), (DENOISER, graphs.denoiser)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,24 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(scope="session")
-def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a complete Stable Diffusion checkpoint with few, random parameters: 8x8 latents, 64x64 pixels."""
-    from tests.tiny import write_tiny_sd
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny checkpoint by its name in `tests.tiny.WRITERS`, not to be changed.
 
-    return write_tiny_sd(tmp_path_factory.mktemp("tiny_sd"))
+    One folder a session, for an export keeps its captures by the folder, and tracing is what most tests' time goes to.
+    """
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        from tests.tiny import WRITERS
+
+        if name not in made:
+            made[name] = WRITERS[name](tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tiny: Callable[[str], Path]) -> Path:
+    """Folder of a complete Stable Diffusion checkpoint with few, random parameters: 8x8 latents, 64x64 pixels."""
+    return tiny("sd")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +80,17 @@ def prompt_rows(text: Tensor) -> Conditioning:
 
 
 def write_tiny_sd(folder: Path, seed: int = 0, inpainting: bool = False) -> Path:
-    """Stable Diffusion 1, with DDIM; 8x8 latents, 64x64 pixels; for inpainting nine channels. Returns the folder."""
+    """Stable Diffusion 1, with DDIM; 8x8 latents, 64x64 pixels; for inpainting nine channels. Returns the folder.
+
+    Its index names a safety checker, as the published one does.
+    """
     unet, kind = (_UNET | _NINE, "StableDiffusionInpaintPipeline") if inpainting else (_UNET, None)
     changes = {"unet": unet, "vae": _VAE, "text_encoder": _clip(WIDTH), "tokenizer": _TOKENIZER, "scheduler": _DDIM}
-    return write_checkpoint(folder, "sd14", changes, pipeline=kind, seed=seed)
+    write_checkpoint(folder, "sd14", changes, pipeline=kind, seed=seed)
+    index = folder / "model_index.json"
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index.write_text(json.dumps({**json.loads(index.read_text("utf-8")), **checker}), "utf-8")
+    return folder
 
 
 def write_tiny_sd2(folder: Path, seed: int = 0) -> Path:
@@ -138,6 +147,17 @@ def write_tiny_tokenizer(folder: Path, **options: Any) -> CLIPTokenizer:
     """CLIP's byte-level tokenizer with the 512 byte symbols, a few merges, and no words beyond."""
     clip_tokenizer(MAX_LENGTH, **options).save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "sd": write_tiny_sd,
+    "sd-inpainting": partial(write_tiny_sd, inpainting=True),
+    "sd2": write_tiny_sd2,
+    "sdxl": write_tiny_sdxl,
+    "sdxl-inpainting": partial(write_tiny_sdxl, inpainting=True),
+    "sd3": write_tiny_sd3,
+    "sd3-t5": partial(write_tiny_sd3, t5=True),
+}
 
 
 def _two_clips(pooled: int) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -18,9 +17,11 @@ from sdq_export.checkpoint import QuantizedCheckpoint, weight_key
 from sdq_export.denoiser import DenoiserGraphs, build_denoiser, run_passes
 from sdq_export.families.base import TextEncoder
 from sdq_export.families.vae import VaeDecoder, VaeEncoder, capture_vae_decoder, capture_vae_encoder
+from sdq_export.integer_storage import component_layers, round_to_integers_
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
 from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.store_fp16 import StoreFp16
+from sdq_export.passes.store_integers import StoreIntegers
 from sdq_export.reference import build_reference
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sizes import HEIGHT, WIDTH
@@ -28,11 +29,10 @@ from sdq_export.skeleton import is_hollow
 from sdq_export.smoothing import divide_inputs_, smoothed_sites
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
-from sdq_export.storage import round_weights_
+from sdq_export.storage import Dtype, IntegerDtype, round_weights_
 
 __all__ = [
     "Components",
-    "Dtype",
     "make_denoiser",
     "make_reference",
     "make_text_encoder",
@@ -41,9 +41,6 @@ __all__ = [
 ]
 
 _KEPT_BYTES = 256 << 20
-
-Dtype = Literal["fp32", "fp16"]
-"""How floating-point weights are stored; graphs compute in FP32 either way."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def make_denoiser(
     checkpoint: QuantizedCheckpoint | None,
     dtype: Dtype,
     free_size: bool = False,
-    int8_layers: Collection[str] = (),
+    integer_layers: Collection[str] = (),
 ) -> DenoiserGraphs:
     """Capture the source's denoiser without its weights, give the graph the reference's, and run the passes.
 
@@ -101,7 +98,7 @@ def make_denoiser(
         checkpoint: the sites, for a quantized denoiser.
         dtype: how floating-point weights are stored.
         free_size: height and width of the latents are symbols.
-        int8_layers: of the prologue, whose weights the reference has rounded to INT8.
+        integer_layers: of the prologue, whose weights the reference has rounded to integers.
 
     Raises:
         SdqError: the denoiser has an unsupported form, or is of one size and ought to be of any.
@@ -129,7 +126,7 @@ def make_denoiser(
         tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
         store_fp16=dtype == "fp16",
         extra_channels=family.extra_channels(skeleton),
-        int8_layers=int8_layers,
+        integer_layers=integer_layers,
     )
 
 
@@ -139,35 +136,41 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def make_text_encoder(source: Source, encoder: TextEncoder, dtype: Dtype) -> tuple[ir.Model, nn.Module]:
+def make_text_encoder(
+    source: Source, encoder: TextEncoder, dtype: Dtype, integers: IntegerDtype | None = None
+) -> tuple[ir.Model, nn.Module]:
     """A text encoder's graph, and the torch module that it equals."""
-    module = encoder.wrap(_stored(source, encoder.component, dtype))
+    module = encoder.wrap(_stored(source, encoder.component, dtype, integers))
     example = torch.zeros(2, encoder.length(source), dtype=torch.int64)
     captured = _capture_once(
         source,
-        f"{encoder.component} {dtype}",
+        f"{encoder.component} {dtype} {integers}",
         lambda: capture(module, {"input_ids": example}, batched=["input_ids"], outputs=encoder.outputs),
     )
-    return _finished(captured, dtype), module
+    return _finished(captured, dtype, integers), module
 
 
-def make_vae_decoder(source: Source, dtype: Dtype, free_size: bool = False) -> tuple[ir.Model, nn.Module]:
+def make_vae_decoder(
+    source: Source, dtype: Dtype, free_size: bool = False, integers: IntegerDtype | None = None
+) -> tuple[ir.Model, nn.Module]:
     """The decoder's graph, and the torch module that it equals."""
-    module, shape = VaeDecoder(_stored(source, "vae", dtype)), source.family.latent_shape(source)
+    module, shape = VaeDecoder(_stored(source, "vae", dtype, integers)), source.family.latent_shape(source)
     captured = _capture_once(
-        source, f"{VAE_DECODER} {dtype} {free_size}", lambda: capture_vae_decoder(module, shape, free_size)
+        source, f"{VAE_DECODER} {dtype} {integers} {free_size}", lambda: capture_vae_decoder(module, shape, free_size)
     )
-    return _finished(captured, dtype), module
+    return _finished(captured, dtype, integers), module
 
 
-def make_vae_encoder(source: Source, dtype: Dtype, free_size: bool = False) -> tuple[ir.Model, nn.Module]:
+def make_vae_encoder(
+    source: Source, dtype: Dtype, free_size: bool = False, integers: IntegerDtype | None = None
+) -> tuple[ir.Model, nn.Module]:
     """The encoder's graph, and the torch module that it equals."""
-    module, size = VaeEncoder(_stored(source, "vae", dtype)), source.family.image_size(source)
+    module, size = VaeEncoder(_stored(source, "vae", dtype, integers)), source.family.image_size(source)
     multiple = source.family.pixels_per_latent(source) if free_size else 0
     captured = _capture_once(
-        source, f"{VAE_ENCODER} {dtype} {multiple}", lambda: capture_vae_encoder(module, size, multiple)
+        source, f"{VAE_ENCODER} {dtype} {integers} {multiple}", lambda: capture_vae_encoder(module, size, multiple)
     )
-    return _finished(captured, dtype), module
+    return _finished(captured, dtype, integers), module
 
 
 def _tokens(source: Source) -> int:
@@ -199,14 +202,17 @@ def _bytes(model: ir.Model) -> int:
     return sum(array.nbytes for array in constants if not is_hollow(array))
 
 
-def _stored(source: Source, part: str, dtype: Dtype) -> nn.Module:
+def _stored(source: Source, part: str, dtype: Dtype, integers: IntegerDtype | None) -> nn.Module:
     stored: nn.Module = source.own(part)
     if dtype == "fp16":
         round_weights_(stored)
+    if integers is not None:
+        round_to_integers_(stored, component_layers(stored), integers)
     return stored
 
 
-def _finished(model: ir.Model, dtype: Dtype) -> ir.Model:
-    storage = [StoreFp16()] if dtype == "fp16" else []
+def _finished(model: ir.Model, dtype: Dtype, integers: IntegerDtype | None) -> ir.Model:
+    storage: list[ir.passes.InPlacePass] = [] if integers is None else [StoreIntegers()]
+    storage += [StoreFp16()] if dtype == "fp16" else []
     run_passes(model, [NameNodes(), RemoveDeadCode(), *storage, ClearNotes()])
     return model

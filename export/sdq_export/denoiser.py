@@ -21,7 +21,7 @@ from sdq_export.passes.quantize_weights import QuantizeWeights
 from sdq_export.passes.sampler_step import LatentShape, SamplerStep
 from sdq_export.passes.share_smoothing import ShareSmoothing
 from sdq_export.passes.store_fp16 import StoreFp16
-from sdq_export.passes.store_int8 import StoreInt8
+from sdq_export.passes.store_integers import StoreIntegers
 from sdq_export.passes.timestep_scales import TimestepScales
 from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler.plan import SamplerPlan
@@ -54,7 +54,7 @@ def build_denoiser(
     tensors: Tensors | None = None,
     store_fp16: bool = True,
     extra_channels: int = 0,
-    int8_layers: Collection[str] = (),
+    integer_layers: Collection[str] = (),
 ) -> DenoiserGraphs:
     """Run the passes.
 
@@ -68,7 +68,7 @@ def build_denoiser(
         tensors: integers and scales of the sites, by the keys of `sdq_export.checkpoint`.
         store_fp16: store large weights as FP16 where that loses nothing.
         extra_channels: of an inpainting denoiser.
-        int8_layers: of the prologue, whose weights are stored as INT8 where that loses nothing.
+        integer_layers: of the prologue, whose weights are stored as integers where that loses nothing.
 
     Raises:
         SdqError: the denoiser has a form that a pass does not support.
@@ -76,7 +76,7 @@ def build_denoiser(
     run_passes(captured, [NameNodes(), AssignWeights(weights or {})])
     prologue = captured.clone()
     storage = [StoreFp16()] if store_fp16 else []
-    run_passes(prologue, [*cuts.prologue, StoreInt8(int8_layers), *storage, ClearNotes()])
+    run_passes(prologue, [*cuts.prologue, StoreIntegers(integer_layers), *storage, ClearNotes()])
     quantization = _quantization(spec, tensors or {}) if spec is not None else []
     step = SamplerStep(plan.history, plan.stochastic, latent_shape, extra_channels)
     run_passes(

@@ -10,7 +10,7 @@ from sdq_engines.package.schema import SourceInfo
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.source import Source
 
-__all__ = ["notice", "source_info", "tool_versions"]
+__all__ = ["notice", "source_info", "tool_versions", "what_is_missing"]
 
 _TOOLS = ("sdq-deploy", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
@@ -23,7 +23,7 @@ def source_info(source: Source, checkpoint: QuantizedCheckpoint | None) -> Sourc
         revision=source.revision,
         sha256=source.sha256,
         license=_license_name(source),
-        changes=_changes(checkpoint),
+        changes=" ".join(filter(None, [_changes(checkpoint), what_is_missing(source)])),
     )
 
 
@@ -35,6 +35,13 @@ def notice(source: Source, info: SourceInfo) -> str:
         f"{carried}This package was made by sdq-deploy from {info.model} (licence: {info.license}).\n"
         f"Changes: {info.changes}\n"
     )
+
+
+def what_is_missing(source: Source) -> str | None:
+    """A sentence for what the checkpoint's pipeline does and the package does not; None where that is nothing."""
+    if all(source.index.get("safety_checker") or [None]):
+        return "The checkpoint's safety checker is not part of the package: nothing looks at what the images show."
+    return None
 
 
 def tool_versions(names: Iterable[str] = _TOOLS) -> dict[str, str]:

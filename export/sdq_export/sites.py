@@ -11,7 +11,7 @@ from torch import nn
 from sdq_export.families import family_of
 from sdq_export.quantspec import ActivationSite, OpKind, QuantizedPrecision, QuantSpec, WeightSite
 
-__all__ = ["DEFAULT_KEEP", "MAX_DEFAULT_GROUPS", "find_sites", "step_groups"]
+__all__ = ["DEFAULT_KEEP", "MAX_DEFAULT_GROUPS", "find_sites", "fitting_block", "step_groups"]
 
 #: The layers at the ends see raw latents; every paper of the field keeps them.
 DEFAULT_KEEP = ("conv_in", "conv_out")
@@ -63,7 +63,7 @@ def find_sites(
         weight_only = precision == "w4a16" and op == "linear"
         default = 8 if precision == "w4a16" and op == "conv" else _WEIGHT_BITS[precision]
         chosen = cast(Literal[4, 8], _bits_of(layer, bits or {}, default))
-        block = _fitting_block(cast(nn.Linear, module).in_features, block_size) if weight_only and chosen == 4 else None
+        block = fitting_block(cast(nn.Linear, module).in_features, block_size) if weight_only and chosen == 4 else None
         weights.append(WeightSite(layer=layer, op=op, bits=chosen, block_size=block))
         if not weight_only:
             readers.setdefault(tensor, []).append(layer)
@@ -80,7 +80,8 @@ def _bits_of(layer: str, bits: Mapping[str, int], default: int) -> int:
     return fitting[-1] if fitting else default
 
 
-def _fitting_block(width: int, block_size: int) -> int | None:
+def fitting_block(width: int, block_size: int) -> int | None:
+    """The block, halved until it divides the width; None where that would leave fewer than 16."""
     while block_size >= 16:
         if width % block_size == 0:
             return block_size

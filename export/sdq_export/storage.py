@@ -1,15 +1,35 @@
-"""What a package stores in FP16 is rounded before anything is captured or compared, so that storing loses nothing."""
+"""How a package stores weights; they are rounded before anything is captured or compared, so storing loses nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from sdq_export.families.time_path import FrozenLinear
 
-__all__ = ["round_weights_"]
+__all__ = ["Dtype", "IntegerDtype", "Storage", "round_weights_"]
+
+Dtype = Literal["fp32", "fp16"]
+"""How floating-point weights are stored; graphs compute in FP32 either way."""
+
+IntegerDtype = Literal["int8", "int4"]
+"""How weights are stored as integers (`sdq_export.integer_storage`); graphs compute in FP32 with these too."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the weights of a package are stored: those of each component as integers, or None as `dtype` says."""
+
+    dtype: Dtype = "fp16"
+    prologue: IntegerDtype | None = None
+    text_encoder: IntegerDtype | None = None
+    """All text encoders."""
+    vae: IntegerDtype | None = None
+    """Decoder and encoder."""
 
 
 def round_weights_(module: nn.Module, skip: Collection[str] = ()) -> None:

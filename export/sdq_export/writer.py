@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -26,7 +25,6 @@ from sdq_engines.package.store import Package, read_manifest
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.components import (
     Components,
-    Dtype,
     make_denoiser,
     make_reference,
     make_text_encoder,
@@ -37,17 +35,17 @@ from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record
 from sdq_export.parity.components import check_text_encoder, check_vae_decoder, check_vae_encoder
 from sdq_export.parity.other_size import check_other_size
 from sdq_export.parity.prologue import round_prologue_
+from sdq_export.parity.rounded import rounded_text_encoder, rounded_vae_decoder, rounded_vae_encoder
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import notice, source_info, tool_versions
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.scratch import scratch_in
 from sdq_export.source import Source
+from sdq_export.storage import Dtype, IntegerDtype, Storage
 from sdq_export.tokenizer import text_info, tokenizer_json
 
-__all__ = ["ExportResult", "OnStage", "PrologueDtype", "export_package", "sampler_info"]
-
-PrologueDtype = Literal["fp16", "int8"]
+__all__ = ["ExportResult", "OnStage", "export_package", "sampler_info"]
 
 _STAGING = ".staging-"
 
@@ -77,7 +75,9 @@ def export_package(
     *,
     checkpoint: QuantizedCheckpoint | None = None,
     dtype: Dtype = "fp16",
-    prologue: PrologueDtype = "fp16",
+    prologue: IntegerDtype | None = None,
+    text_encoder: IntegerDtype | None = None,
+    vae: IntegerDtype | None = None,
     prompts: Sequence[str] = PARITY_PROMPTS,
     vae_encoder: bool = True,
     dynamic_size: bool = False,
@@ -92,7 +92,9 @@ def export_package(
         guidance_scale: the package's default.
         checkpoint: the quantized denoiser; None exports the source in floating point.
         dtype: how floating-point weights are stored.
-        prologue: how those of a quantized package's prologue are: "int8" is gated by its own parity criterion.
+        prologue: store those of a quantized package's prologue as integers; gated by its own parity criterion.
+        text_encoder: store those of the text encoders as integers, gated likewise.
+        vae: store those of the VAE as integers, gated likewise.
         prompts: for the parity samples.
         vae_encoder: whether the package may start from images.
         dynamic_size: leave height and width free in the graphs, for engines of other sizes.
@@ -102,15 +104,19 @@ def export_package(
         SdqError: the model has an unsupported form, the folder is not ours, or parity fails (nothing is written then).
     """
     _check_match(source, plan, checkpoint)
-    if prologue == "int8" and checkpoint is None:
-        raise SdqError("An INT8 prologue is for quantized packages.", "Leave --prologue out, or export a training run.")
+    if prologue is not None and checkpoint is None:
+        raise SdqError(
+            f"An {prologue.upper()} prologue is for quantized packages.",
+            "Leave --prologue out, or export a training run.",
+        )
+    storage = Storage(dtype, prologue, text_encoder, vae)
     source = source.for_spec(checkpoint.spec if checkpoint else None)
     with _claimed(out) as folder, _staging(folder) as staging:
         source.family.check_source(source)
         _check_encoder(source, vae_encoder)
         multiple = _size_multiple(source) if dynamic_size else None
         components, report, samples = _make(
-            source, plan, guidance_scale, checkpoint, dtype, prologue, prompts, vae_encoder, dynamic_size, on_stage
+            source, plan, guidance_scale, checkpoint, storage, prompts, vae_encoder, dynamic_size, on_stage
         )
         report.require()
         on_stage("writing", 0, 0)
@@ -168,8 +174,7 @@ def _make(
     plan: SamplerPlan,
     guidance_scale: float,
     checkpoint: QuantizedCheckpoint | None,
-    dtype: Dtype,
-    prologue: PrologueDtype,
+    storage: Storage,
     prompts: Sequence[str],
     vae_encoder: bool,
     dynamic_size: bool,
@@ -187,13 +192,13 @@ def _make(
     )
     steps = _parity_steps(plan.calls, (time.perf_counter() - started) / plan.calls)
     on_stage("capturing the denoiser", 0, 0)
-    reference = make_reference(source, plan, checkpoint, dtype)
-    others, int8_layers = [], list[str]()
-    if prologue == "int8":
-        on_stage("parity, INT8 prologue", 0, 0)
-        int8_layers, criterion = round_prologue_(reference, samples, steps)
+    reference = make_reference(source, plan, checkpoint, storage.dtype)
+    others, integer_layers = [], list[str]()
+    if storage.prologue is not None:
+        on_stage(f"parity, {storage.prologue.upper()} prologue", 0, 0)
+        integer_layers, criterion = round_prologue_(reference, samples, steps, storage.prologue)
         others.append(criterion)
-    denoiser = make_denoiser(source, plan, reference, checkpoint, dtype, dynamic_size, int8_layers)
+    denoiser = make_denoiser(source, plan, reference, checkpoint, storage.dtype, dynamic_size, integer_layers)
     report = check_graphs(
         denoiser,
         plan,
@@ -206,18 +211,24 @@ def _make(
     text_encoders = {}
     for text_encoder in source.family.text_encoders:
         on_stage(f"capturing the {text_encoder.component.replace('_', ' ')}", 0, 0)
-        graph, module = make_text_encoder(source, text_encoder, dtype)
+        graph, module = make_text_encoder(source, text_encoder, storage.dtype, storage.text_encoder)
         others.append(check_text_encoder(graph, module, source, text_encoder, prompts))
+        if storage.text_encoder is not None:
+            others.append(rounded_text_encoder(module, source, text_encoder, prompts, storage.text_encoder))
         text_encoders[text_encoder.component] = graph
     on_stage("capturing the VAE decoder", 0, 0)
-    decoder = make_vae_decoder(source, dtype, dynamic_size)
+    decoder = make_vae_decoder(source, storage.dtype, dynamic_size, storage.vae)
     latents = samples.model_inputs[-1][:1]
     others.append(check_vae_decoder(*decoder, latents))
+    if storage.vae is not None:
+        others.append(rounded_vae_decoder(decoder[1], source, latents, storage.vae))
     encoder = None
     if vae_encoder:
         on_stage("capturing the VAE encoder", 0, 0)
-        encoder = make_vae_encoder(source, dtype, dynamic_size)
+        encoder = make_vae_encoder(source, storage.dtype, dynamic_size, storage.vae)
         others.append(check_vae_encoder(*encoder, decoder[1], latents))
+        if storage.vae is not None:
+            others.append(rounded_vae_encoder(encoder[1], source, latents, storage.vae))
     if dynamic_size:
         on_stage("parity, another size", 0, 0)
         others += check_other_size(denoiser, decoder, encoder, plan, samples, reference)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sdq_export.parity import ParityReport
     from sdq_export.sampler import SamplerPlan
     from sdq_export.source import Source
+    from sdq_export.storage import IntegerDtype
     from sdq_export.writer import ExportResult, OnStage
 
 __all__ = ["register"]
@@ -58,9 +59,14 @@ def export(
         str, typer.Option(help="How floating-point weights are stored: fp16, or fp32 (an unquantized model only).")
     ] = "fp16",
     prologue: Annotated[
-        str,
-        typer.Option(help="A RUN's prologue is stored in fp16, or in int8, half of it, if parity holds."),
-    ] = "fp16",
+        str | None, typer.Option(help="A RUN's prologue: fp16, int8 (half of it) or int4, if parity holds.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="All text encoders: fp16, int8 (half of it) or int4, if parity holds.")
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="VAE decoder and encoder: fp16 or int8 (half of it), if parity holds.")
+    ] = None,
     scheduler: Annotated[str | None, typer.Option(help="A MODEL's sampler; its own if not given.")] = None,
     num_inference_steps: Annotated[
         int | None, typer.Option(help="A MODEL's steps; its pipeline's own if not given.")
@@ -94,7 +100,12 @@ def export(
     from sdq_engines.build import choose_engine
     from sdq_engines.sizes import parse_size, profile_of_sizes
 
-    stored, prologue_stored = _dtype(dtype), _prologue(prologue)
+    stored = _dtype(dtype)
+    integers = (
+        _integers("--prologue", prologue, stored, "int8", "int4"),
+        _integers("--text-encoder", text_encoder, stored, "int8", "int4"),
+        _integers("--vae", vae, stored, "int8"),
+    )
     profile = profile_of_sizes(_profile(batch), [parse_size(text) for text in size or []])
     if size and not dynamic_size:
         raise SdqError("--size needs graphs whose size is free.", "Add --dynamic-size.")
@@ -112,6 +123,7 @@ def export(
         else _open_model(source, revision, scheduler, num_inference_steps)
     )
     with _stages() as on_stage:
+        from sdq_export.provenance import what_is_missing
         from sdq_export.writer import export_package
 
         result = export_package(
@@ -123,11 +135,15 @@ def export(
             dtype=stored,
             vae_encoder=vae_encoder,
             dynamic_size=dynamic_size,
-            prologue=prologue_stored,
+            prologue=integers[0],
+            text_encoder=integers[1],
+            vae=integers[2],
             on_stage=on_stage,
         )
     if not json:
         _print_parity(result.report)
+    if missing := what_is_missing(job.source):
+        status_console.print(missing, markup=False, soft_wrap=True)
     package = result.package
     for name in engines:
         package = _build(result, package, name, profile, quiet=json)
@@ -140,10 +156,16 @@ def _dtype(name: str) -> Literal["fp32", "fp16"]:
     raise SdqError(f"There is no dtype {name!r}.", "Give --dtype fp16 or --dtype fp32.")
 
 
-def _prologue(name: str) -> Literal["fp16", "int8"]:
-    if name in ("fp16", "int8"):
-        return cast(Literal["fp16", "int8"], name)
-    raise SdqError(f"The prologue is not stored in {name!r}.", "Give --prologue fp16 or --prologue int8.")
+def _integers(option: str, name: str | None, dtype: str, *kinds: IntegerDtype) -> IntegerDtype | None:
+    """Which integers store an option's weights; None for floating point, as `dtype` says."""
+    for kind in kinds:
+        if name == kind:
+            return kind
+    if name is None or name == dtype == "fp16":
+        return None
+    raise SdqError(
+        f"{option} takes {' or '.join(kinds)}, not {name!r}.", f"Leave it out for {dtype}, as --dtype has it."
+    )
 
 
 def _profile(batch: str) -> ShapeProfile:

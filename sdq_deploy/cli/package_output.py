@@ -11,7 +11,19 @@ if TYPE_CHECKING:
     from sdq_engines.runtime.loop import StepEvent
     from sdq_engines.runtime.pipeline import Pipeline
 
-__all__ = ["StepBar", "megabytes", "milliseconds", "print_bench", "print_engine", "print_parity", "say"]
+__all__ = [
+    "StepBar",
+    "megabytes",
+    "milliseconds",
+    "print_bench",
+    "print_engine",
+    "print_evaluation",
+    "print_parity",
+    "say",
+]
+
+_HASH_DIGITS = 12
+"""Of a prompt set's SHA-256, enough to tell two of them apart."""
 
 
 def say(text: str, markup: bool = True) -> None:
@@ -81,6 +93,20 @@ def print_parity(criteria: dict[str, Any]) -> None:
     for name, figures in criteria.items():
         figure = figures["worst"] if figures.get("overall") is None else figures["overall"]
         say(f"  {name:24} {figure:.4g}, at most {figures['limit']:.4g}: {figures['says']}", markup=False)
+
+
+def print_evaluation(evaluation: dict[str, Any]) -> None:
+    """What `evaluate --write-manifest` left in the manifest: figures with their intervals, and on which prompts."""
+    prompts = evaluation["prompts"]
+    say(
+        f"evaluation by {evaluation['engine']} against {evaluation['reference']['model']}: {prompts['count']} images, "
+        f"{prompts['title']}, prompt set {prompts['sha256'][:_HASH_DIGITS]}",
+        markup=False,
+    )
+    for name, figure in evaluation["figures"].items():
+        interval = "" if figure.get("low") is None else f" ({figure['low']:.4g} to {figure['high']:.4g})"
+        worst = "" if figure.get("worst") is None else f", worst {figure['worst']:.4g}"
+        say(f"  {name:24} {figure['value']:.4g}{interval}{worst}", markup=False)
 
 
 def print_bench(report: dict[str, Any]) -> None:

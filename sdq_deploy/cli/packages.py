@@ -17,6 +17,7 @@ from sdq_deploy.cli.package_output import (
     milliseconds,
     print_bench,
     print_engine,
+    print_evaluation,
     print_parity,
     say,
 )
@@ -180,6 +181,8 @@ def inspect(package: _PackageArgument, json: JsonOption = False) -> None:
     if parity := content["fidelity"].get("parity"):
         say("parity, as measured by the export")
         print_parity(parity)
+    if evaluation := content["fidelity"].get("evaluation"):
+        print_evaluation(evaluation)
     for name, entry in content["engines"].items():
         print_engine(name, entry)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.scales import largest_value_scale
 from sdq_export.checkpoint import (
     CheckpointInfo,
     QuantizedCheckpoint,
@@ -18,7 +19,7 @@ from sdq_export.checkpoint import (
     weight_key,
     weight_scale_key,
 )
-from sdq_export.quantspec import QuantizedPrecision, QuantSpec, WeightSite, grid_limits
+from sdq_export.quantspec import QuantizedPrecision, QuantSpec
 from sdq_export.sampler import SamplerPlan
 from sdq_export.sites import find_sites
 from sdq_export.smoothing import INVERSE, smooth_, smoothing_key
@@ -72,14 +73,6 @@ def random_factors(unet: Any, spec: QuantSpec) -> dict[str, Tensor]:
     return {
         smoothing_key(name): 4 ** (2 * torch.rand(width, generator=generator) - 1) for name, width in widths.items()
     }
-
-
-def largest_value_scale(weight: Tensor, site: WeightSite) -> Tensor:
-    """[C_out] or [C_out, blocks]: the largest value is the grid's end."""
-    blocks = 1 if site.block_size is None else weight.shape[1] // site.block_size
-    largest = weight.reshape(weight.shape[0], blocks, -1).abs().amax(-1)
-    scale = (largest / grid_limits(site.bits)[1]).clamp_min(1e-6)
-    return scale if site.block_size is not None else scale[:, 0]
 
 
 def activation_scales(source: Source, unet: Any, spec: QuantSpec) -> dict[str, Tensor]:

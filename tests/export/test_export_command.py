@@ -49,7 +49,11 @@ def test_a_model_becomes_a_package_with_an_engine(
     options = ["--scheduler", "euler-ancestral", "--num-inference-steps", "3", "--guidance-scale", "2.5"]
     exported([str(tiny_sd), "--out", str(out), *options, "--engine", "onnxruntime", "--batch", "1,2,2", "--json"])
     manifest = open_package(out).manifest
-    assert json.loads(capsys.readouterr().out)["sampler"]["stochastic"] is True
+    said = capsys.readouterr()
+    assert json.loads(said.out)["sampler"]["stochastic"] is True
+    unfiltered = "The checkpoint's safety checker is not part of the package: nothing looks at what the images show."
+    assert said.err.count(unfiltered) == 1
+    assert (out / "NOTICE").read_text("utf-8").count(unfiltered) == 1
     assert manifest.precision == "fp16"
     assert manifest.sampler.guidance_scale == 2.5
     assert manifest.engines["onnxruntime"].profile.batch_opt == 2
@@ -57,6 +61,7 @@ def test_a_model_becomes_a_package_with_an_engine(
     with pytest.raises(SystemExit):
         main.run(["inspect", str(out)])
     shown = capsys.readouterr().out
+    assert unfiltered in shown
     for criterion, figures in manifest.fidelity["parity"].items():
         assert f"{criterion} " in shown
         assert figures["says"] in shown
@@ -64,11 +69,12 @@ def test_a_model_becomes_a_package_with_an_engine(
 
 def test_a_run_becomes_a_quantized_package(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "package"
-    exported([str(run_folder), "--out", str(out)])
+    exported([str(run_folder), "--out", str(out), "--text-encoder", "int8"])
     manifest = open_package(out).manifest
     assert manifest.precision == "w4a8"
     assert manifest.sampler.guidance_scale == 4.0
     assert manifest.engines == {}
+    assert "text_encoder_int8" in manifest.fidelity["parity"]
 
 
 def test_a_run_keeps_its_sampler(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +100,10 @@ def test_an_unfinished_run_is_refused(run_folder: Path, tmp_path: Path, capsys: 
         (["--scheduler", "dimm"], "unknown scheduler 'dimm'"),
         (["--engine", "tensorflow"], "There is no engine 'tensorflow'"),
         (["--dtype", "bf16"], "There is no dtype 'bf16'"),
+        (["--text-encoder", "int2"], "--text-encoder takes int8 or int4, not 'int2'"),
+        (["--vae", "int4"], "--vae takes int8, not 'int4'"),
+        (["--vae", "fp16", "--dtype", "fp32"], "--vae takes int8, not 'fp16'"),
+        (["--prologue", "int4"], "An INT4 prologue is for quantized packages"),
         (["--batch", "4,1"], "--batch takes three whole numbers"),
         (["--batch", "4,1,2"], "not ordered"),
         (["--batch", "0,1,2"], "--batch takes three whole numbers"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +34,22 @@ from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import ExportResult, export_package
 from tests.export.conftest import plan_of
 from tests.export.quantized import quantized_checkpoint
-from tests.tiny import tiny_sd2_unet, tiny_sdxl_unet, write_tiny_sd2, write_tiny_sdxl
+from tests.images import psnr
+from tests.tiny import tiny_sd2_unet, tiny_sdxl_unet
 
 PROMPTS, SEEDS, STEPS, GUIDANCE = ["a red circle", "two blue stars on a white background"], [3, 4], 4, 5.0
-WRITERS: dict[str, Callable[[Path], Path]] = {"sd2": write_tiny_sd2, "sdxl": write_tiny_sdxl}
 
 
-@pytest.fixture(scope="module", params=list(WRITERS))
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Source:
+@pytest.fixture(scope="module", params=["sd2", "sdxl"])
+def source(request: pytest.FixtureRequest, tiny: Callable[[str], Path]) -> Source:
     """A checkpoint of each family, loaded."""
-    return load_source(WRITERS[request.param](tmp_path_factory.mktemp(request.param)))
+    return load_source(tiny(request.param))
 
 
 @pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def sdxl(tiny: Callable[[str], Path]) -> Source:
     """The tiny SDXL."""
-    return load_source(write_tiny_sdxl(tmp_path_factory.mktemp("sdxl")))
-
-
-def psnr(found: NDArray[Any], wanted: NDArray[Any]) -> float:
-    return float(-10 * np.log10(max(np.mean((found.astype(np.float64) - wanted) ** 2), 1e-12)))
+    return load_source(tiny("sdxl"))
 
 
 def diffusers_images(source: Source, scheduler: str, **options: Any) -> NDArray[np.float32]:
@@ -73,14 +70,28 @@ def package_images(pipe: Pipeline, **options: Any) -> NDArray[np.float32]:
     return np.stack([np.asarray(image, np.float32) / 255 for image in made.images])
 
 
-def exported(source: Source, out: Path, scheduler: str) -> ExportResult:
-    return export_package(source, out, plan_of(source, scheduler, STEPS), GUIDANCE, dtype="fp32")
+Exported = Callable[[Source, str], ExportResult]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The FP32 package of a checkpoint and a scheduler, on onnxruntime; not to be changed."""
+    made: dict[tuple[Path, str], ExportResult] = {}
+
+    def get(source: Source, scheduler: str) -> ExportResult:
+        if (source.folder, scheduler) not in made:
+            out, plan = tmp_path_factory.mktemp("packages") / scheduler, plan_of(source, scheduler, STEPS)
+            result = export_package(source, out, plan, GUIDANCE, dtype="fp32")
+            built = build_engine(result.package, "onnxruntime")
+            made[source.folder, scheduler] = replace(result, package=built)
+        return made[source.folder, scheduler]
+
+    return get
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "pndm", "euler"])
-def test_an_fp32_package_makes_diffusers_images(source: Source, tmp_path: Path, scheduler: str) -> None:
-    result = exported(source, tmp_path / "package", scheduler)
-    pipe = Pipeline.from_package(build_engine(result.package, "onnxruntime"))
+def test_an_fp32_package_makes_diffusers_images(source: Source, exported: Exported, scheduler: str) -> None:
+    pipe = Pipeline.from_package(exported(source, scheduler).package)
     plain = diffusers_images(source, scheduler)
     assert psnr(package_images(pipe), plain) >= 50
     negative = diffusers_images(source, scheduler, negative_prompt=["blue", "a circle"])
@@ -88,8 +99,8 @@ def test_an_fp32_package_makes_diffusers_images(source: Source, tmp_path: Path, 
     assert psnr(plain, negative) < 40  # the negative prompt matters, so the figures above are not met by chance
 
 
-def test_one_prompt_one_image_without_guidance(source: Source, tmp_path: Path) -> None:
-    pipe = Pipeline.from_package(build_engine(exported(source, tmp_path / "package", "euler").package, "onnxruntime"))
+def test_one_prompt_one_image_without_guidance(source: Source, exported: Exported) -> None:
+    pipe = Pipeline.from_package(exported(source, "euler").package)
     wanted = source.pipeline(make_scheduler("euler", source.scheduler.config))(
         PROMPTS[0], num_inference_steps=STEPS, guidance_scale=1.0, generator=torch.Generator().manual_seed(3),
         output_type="np",
@@ -130,8 +141,8 @@ def test_gradients_are_the_same_with_checkpointing(source: Source) -> None:
     assert max((a - b).abs().max().item() for a, b in zip(*gradients, strict=True)) == 0.0
 
 
-def test_prologue_outputs_are_what_the_original_modules_give(source: Source, tmp_path: Path) -> None:
-    result = exported(source, tmp_path / "package", "euler")
+def test_prologue_outputs_are_what_the_original_modules_give(source: Source, exported: Exported) -> None:
+    result = exported(source, "euler")
     prompts = source.family.encode_prompts(source, ["a red circle", None, "blue"])
     wanted = _keys_and_values(source, prompts) | _time_rows(source, prompts, torch.from_numpy(result.plan.timesteps))
     session = open_session(result.package.component(PROLOGUE), threads=1)
@@ -194,8 +205,8 @@ def test_a_quantized_package_keeps_parity_on_every_engine(source: Source, tmp_pa
     assert psnr(quantized, diffusers_images(source, "euler")) > 15
 
 
-def test_guidance_without_a_negative_prompt_sees_zeros(sdxl: Source, tmp_path: Path) -> None:
-    pipe = Pipeline.from_package(build_engine(exported(sdxl, tmp_path / "package", "ddim").package, "onnxruntime"))
+def test_guidance_without_a_negative_prompt_sees_zeros(sdxl: Source, exported: Exported) -> None:
+    pipe = Pipeline.from_package(exported(sdxl, "ddim").package)
     absent, empty = diffusers_images(sdxl, "ddim"), diffusers_images(sdxl, "ddim", negative_prompt=["", ""])
     assert psnr(absent, empty) < 45
     assert psnr(package_images(pipe), absent) >= 50
@@ -205,14 +216,14 @@ def test_guidance_without_a_negative_prompt_sees_zeros(sdxl: Source, tmp_path: P
 def test_a_checkpoint_that_forces_no_zeros(sdxl: Source, tmp_path: Path) -> None:
     changed = copy.copy(sdxl)
     changed.index = {**sdxl.index, "force_zeros_for_empty_prompt": False}
-    result = exported(changed, tmp_path / "package", "ddim")
+    result = export_package(changed, tmp_path / "package", plan_of(changed, "ddim", STEPS), GUIDANCE, dtype="fp32")
     assert not result.package.manifest.io.force_zeros_for_empty_prompt
     pipe = Pipeline.from_package(build_engine(result.package, "onnxruntime"))
     assert psnr(package_images(pipe), diffusers_images(changed, "ddim")) >= 50
 
 
-def test_the_size_is_told(sdxl: Source, tmp_path: Path) -> None:
-    pipe = Pipeline.from_package(build_engine(exported(sdxl, tmp_path / "package", "ddim").package, "onnxruntime"))
+def test_the_size_is_told(sdxl: Source, exported: Exported) -> None:
+    pipe = Pipeline.from_package(exported(sdxl, "ddim").package)
     size = {"original_size": (256, 100), "crops_coords_top_left": (30, 5), "target_size": (80, 128)}
     wanted = diffusers_images(sdxl, "ddim", **size)
     assert psnr(diffusers_images(sdxl, "ddim"), wanted) < 45
@@ -221,15 +232,14 @@ def test_the_size_is_told(sdxl: Source, tmp_path: Path) -> None:
         pipe("a red circle", original_size=(1,))
 
 
-def test_other_models_take_no_size(tmp_path: Path) -> None:
-    source = load_source(write_tiny_sd2(tmp_path / "model"))
-    pipe = Pipeline.from_package(build_engine(exported(source, tmp_path / "package", "ddim").package, "onnxruntime"))
+def test_other_models_take_no_size(tiny: Callable[[str], Path], exported: Exported) -> None:
+    pipe = Pipeline.from_package(exported(load_source(tiny("sd2")), "ddim").package)
     with pytest.raises(SdqError, match="takes no original_size"):
         pipe("a red circle", original_size=(64, 64))
 
 
-def test_the_vae_stays_in_fp32_where_its_config_asks(sdxl: Source, tmp_path: Path) -> None:
-    assert exported(sdxl, tmp_path / "a", "ddim").package.manifest.full_precision == [VAE_DECODER, VAE_ENCODER]
+def test_the_vae_stays_in_fp32_where_its_config_asks(sdxl: Source, exported: Exported) -> None:
+    assert exported(sdxl, "ddim").package.manifest.full_precision == [VAE_DECODER, VAE_ENCODER]
     assert sdxl.vae.config.force_upcast
     sdxl.vae.register_to_config(force_upcast=False)
     try:
@@ -238,9 +248,9 @@ def test_the_vae_stays_in_fp32_where_its_config_asks(sdxl: Source, tmp_path: Pat
         sdxl.vae.register_to_config(force_upcast=True)
 
 
-def test_the_sizes_angles_survive_fp16(sdxl: Source, tmp_path: Path) -> None:
+def test_the_sizes_angles_survive_fp16(sdxl: Source, exported: Exported, tmp_path: Path) -> None:
     """In FP16 the angle of a size of 1,999 pixels would be off by half a radian, its sinusoid by as much."""
-    package = exported(sdxl, tmp_path / "package", "ddim").package
+    package = exported(sdxl, "ddim").package
     prompts = sdxl.family.encode_prompts(sdxl, ["a red circle"]).tensors
     size = torch.tensor([[1999.0, 1777.0, 1501.0, 333.0, 1999.0, 1777.0]])
     feeds = Conditioning({**prompts, SIZE_INPUT: size}).numpy()

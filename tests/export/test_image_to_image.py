@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import export_package
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
-from tests.tiny import write_tiny_sd, write_tiny_sd3, write_tiny_sdxl
+from tests.images import psnr
 
 STEPS, PROMPTS, SEEDS = 8, ["a red circle", "two blue stars"], [3, 4]
 SCHEDULERS = ["ddim", "pndm", "euler", "dpmpp-2m"]
@@ -90,10 +91,6 @@ def relative(found: Made, wanted: Made) -> float:
     return float(np.linalg.norm(found.latents - wanted.latents) / np.linalg.norm(wanted.latents))
 
 
-def psnr(found: NDArray[Any], wanted: NDArray[Any]) -> float:
-    return float(-10 * np.log10(np.mean((found.astype(np.float64) - wanted) ** 2) + 1e-12))
-
-
 @pytest.fixture(scope="module", params=[*SCHEDULERS, "euler-ancestral"])
 def scheduler(request: pytest.FixtureRequest) -> str:
     """Its package is made once, for all tests of this module that use it."""
@@ -130,11 +127,11 @@ def test_inpainting_with_a_four_channel_denoiser(
 
 
 @pytest.fixture(scope="module", params=["sdxl", "sd3"])
-def other_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Pipeline]:
+def other_family(
+    request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Source, Pipeline]:
     """Another family's checkpoint and its FP32 package on onnxruntime, with the checkpoint's own scheduler."""
-    write = {"sdxl": write_tiny_sdxl, "sd3": write_tiny_sd3}[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    source = load_source(write(folder / "source"))
+    folder, source = tmp_path_factory.mktemp(request.param), load_source(tiny(request.param))
     plan = compile_sampler(source.scheduler, STEPS)
     made = export_package(source, folder / "package", plan, GUIDANCE, dtype="fp32")
     return source, Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
@@ -161,9 +158,9 @@ def test_what_overflows_in_half_precision_stays_in_single(other_family: tuple[So
 
 
 @pytest.fixture(scope="module")
-def inpainting_source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def inpainting_source(tiny: Callable[[str], Path]) -> Source:
     """A checkpoint in the layout of runwayml/stable-diffusion-inpainting."""
-    return load_source(write_tiny_sd(tmp_path_factory.mktemp("inpainting"), inpainting=True))
+    return load_source(tiny("sd-inpainting"))
 
 
 @pytest.fixture(scope="module", params=["dpmpp-2m", "euler-ancestral"])
@@ -190,8 +187,8 @@ def test_inpainting_with_a_nine_channel_denoiser(
     assert relative(ours(pipeline, image=images[::-1], mask_image=masks, strength=strength), wanted) > 1e-3
 
 
-def test_the_inpainting_denoiser_of_stable_diffusion_xl(tmp_path: Path) -> None:
-    source = load_source(write_tiny_sdxl(tmp_path / "source", inpainting=True))
+def test_the_inpainting_denoiser_of_stable_diffusion_xl(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    source = load_source(tiny("sdxl-inpainting"))
     plan = compile_sampler(source.scheduler, STEPS)
     made = export_package(source, tmp_path / "package", plan, GUIDANCE, dtype="fp32")
     pipeline = Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")

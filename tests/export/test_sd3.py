@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,11 @@ from sdq_engines.backends.registry import backend
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import PROLOGUE
+from sdq_export import integer_storage
 from sdq_export.conditioning import Conditioning
 from sdq_export.denoiser import build_denoiser, run_passes
 from sdq_export.engines import check_built_engine
 from sdq_export.families.sd3 import StableDiffusion3, StableDiffusion3WithT5
-from sdq_export.int8_storage import as_integers, round_to_int8_
 from sdq_export.parity.graphs import GraphRunner, open_graph
 from sdq_export.passes.modulation import CONTEXT
 from sdq_export.sampler import SamplerPlan, compile_sampler
@@ -33,6 +33,7 @@ from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import ExportResult, export_package
 from tests.export.quantized import quantized_checkpoint
+from tests.images import psnr
 from tests.tiny import write_tiny_sd3
 
 KEEP = ("pos_embed.proj", "proj_out")
@@ -41,13 +42,13 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return load_source(write_tiny_sd3(tmp_path_factory.mktemp("sd3") / "model"))
+def source(tiny: Callable[[str], Path]) -> Source:
+    return load_source(tiny("sd3"))
 
 
 @pytest.fixture(scope="module")
-def source_t5(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return load_source(write_tiny_sd3(tmp_path_factory.mktemp("sd3_t5") / "model", t5=True))
+def source_t5(tiny: Callable[[str], Path]) -> Source:
+    return load_source(tiny("sd3-t5"))
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def test_an_fp32_package_makes_diffusers_images(
             output_type="np",
         ).images
         images = np.stack([np.asarray(image, np.float64) / 255 for image in found.images])
-        assert -10 * np.log10(np.mean((images - np.round(wanted * 255) / 255) ** 2) + 1e-12) >= 50
+        assert psnr(images, np.round(wanted * 255) / 255) >= 50
 
 
 @pytest.mark.parametrize("engine", ["openvino", "tensorrt-rtx"])
@@ -294,29 +295,8 @@ def test_an_int8_prologue_is_gated_and_smaller(
 def test_an_int8_prologue_that_costs_too_much_is_refused(
     source: Source, plan: SamplerPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdq_export.int8_storage._LARGEST", 3)  # a grid of seven values
+    monkeypatch.setitem(integer_storage._LARGEST, "int8", 3)  # a grid of seven values
     checkpoint = quantized_checkpoint(source, plan, "w8a8", keep=KEEP)
     with pytest.raises(SdqError, match="INT8 prologue"):
         export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint, prologue="int8")
     assert not (tmp_path / "package").exists()
-
-
-def test_int8_integers_are_found_again_exactly() -> None:
-    linear = torch.nn.Linear(64, 33)
-    with torch.no_grad():
-        linear.weight.mul_(10.0 ** torch.linspace(-7, 3, 33)[:, None])
-        linear.weight[5] = 0
-    before = linear.weight.detach().clone()
-    holder = SimpleNamespace(model=torch.nn.Sequential(linear))
-    round_to_int8_(holder, ["0"])  # type: ignore[arg-type]
-    found = as_integers(linear.weight.detach().numpy(), 0)
-    assert found is not None
-    integers, scale = found
-    assert integers.min() >= -127
-    assert (np.abs(integers).max(axis=1)[np.arange(33) != 5] == 127).all()
-    assert np.array_equal(integers.astype(np.float32) * scale[:, None], linear.weight.detach().numpy())
-    assert ((linear.weight - before).abs() <= torch.from_numpy(scale)[:, None] / 2).all()
-    assert as_integers(before.numpy(), 0) is None
-    transposed = as_integers(np.ascontiguousarray(linear.weight.detach().numpy().T), 1)
-    assert transposed is not None
-    assert np.array_equal(transposed[0].T, integers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from sdq_export.source import Source, load_source
 from sdq_export.writer import ExportResult, export_package
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
-from tests.tiny import write_tiny_sd3, write_tiny_sdxl
 
 STEPS, PROMPT = 4, "a red circle"
 SIZES = [(64, 64), (96, 64), (64, 128)]  # (height, width)
@@ -91,8 +91,8 @@ def test_an_image_of_another_size_is_a_start_as_well(source: Source, package: Pa
     require_equal(Pipeline.from_package(package, engine), wanted, height=64, width=128, image=photo, strength=0.5)
 
 
-def test_stable_diffusion_xl_is_told_the_size_that_is_made(tmp_path: Path) -> None:
-    source = load_source(write_tiny_sdxl(tmp_path / "source"))
+def test_stable_diffusion_xl_is_told_the_size_that_is_made(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    source = load_source(tiny("sdxl"))
     plan = compile_sampler(source.scheduler, STEPS)
     made = export_package(source, tmp_path / "package", plan, GUIDANCE, dtype="fp32", dynamic_size=True)
     package = build_engine(made.package, "onnxruntime", profile_of_sizes(ShapeProfile(), [(96, 64), (64, 64)]))
@@ -108,8 +108,8 @@ def test_stable_diffusion_xl_is_told_the_size_that_is_made(tmp_path: Path) -> No
     assert np.linalg.norm(told_another - wanted) / np.linalg.norm(wanted) > 1e-4
 
 
-def test_stable_diffusion_3_is_of_one_size(tmp_path: Path) -> None:
-    source = load_source(write_tiny_sd3(tmp_path / "source"))
+def test_stable_diffusion_3_is_of_one_size(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    source = load_source(tiny("sd3"))
     plan = compile_sampler(source.scheduler, 2)
     with pytest.raises(SdqError, match="height and width cannot be left free"):
         export_package(source, tmp_path / "package", plan, GUIDANCE, dynamic_size=True)

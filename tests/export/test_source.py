@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sdq_deploy.models import resolve_model
 from sdq_engines.errors import SdqError
+from sdq_export.provenance import what_is_missing
 from sdq_export.source import load_source
 from tests.tiny import write_tiny_sd, write_tiny_sd3, write_tiny_sdxl
 
@@ -125,3 +127,8 @@ def test_broken_weights_are_one_sentence(tiny_sd: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SdqError, match="cannot be loaded"):
         _ = load_source(copy).denoiser
+
+
+def test_only_a_checkpoint_with_a_safety_checker_is_said_to_lose_it(tiny_sd: Path) -> None:
+    assert "safety checker is not part of the package" in (what_is_missing(load_source(tiny_sd)) or "")
+    assert what_is_missing(load_source(resolve_model("shapes-64"))) is None

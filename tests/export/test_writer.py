@@ -28,6 +28,7 @@ from sdq_export.source import Source
 from sdq_export.writer import ExportResult, export_package
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
+from tests.images import psnr
 
 PROMPTS = ["a red circle", "two blue stars on a white background"]
 SEEDS = [3, 4]
@@ -43,10 +44,6 @@ def diffusers_images(source: Source, scheduler: Any, steps: int) -> NDArray[np.f
         output_type="np",
     ).images
     return images
-
-
-def psnr(found: NDArray[Any], wanted: NDArray[Any]) -> float:
-    return float(-10 * np.log10(np.mean((found.astype(np.float64) - wanted) ** 2)))
 
 
 def test_an_fp32_package_makes_diffusers_images(source: Source, float_package: ExportResult) -> None:

@@ -1,4 +1,4 @@
-"""What INT8 weights of the prologue cost: measured before they are accepted."""
+"""What integer weights of the prologue cost: measured before they are accepted."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from sdq_export.int8_storage import prologue_layers, round_to_int8_
+from sdq_export.integer_storage import prologue_layers, round_to_integers_
 from sdq_export.parity.gate import GRAPH_LIMIT, ends_and_middle, quantizers_off
 from sdq_export.parity.report import Criterion
 from sdq_export.parity.samples import TeacherSamples, guided
 from sdq_export.stepping import StepDenoiser
+from sdq_export.storage import IntegerDtype
 
 __all__ = ["round_prologue_"]
 
 
 def round_prologue_(
-    reference: StepDenoiser, samples: TeacherSamples, steps: Sequence[int]
+    reference: StepDenoiser, samples: TeacherSamples, steps: Sequence[int], dtype: IntegerDtype = "int8"
 ) -> tuple[list[str], Criterion]:
-    """Round the reference's prologue layers to INT8, in place.
+    """Round the reference's prologue layers to integers, in place.
 
     Their error e is measured with activation quantization off, where no rounding amplifies it, and held against the
     error q of the quantized reference: independent errors add in squares, so sqrt(1 + (e/q)^2) is held to the limit
@@ -29,6 +30,7 @@ def round_prologue_(
         reference: the fake-quantized denoiser.
         samples: where to look.
         steps: of which the first, the middle and the last are looked at.
+        dtype: what they are rounded to.
 
     Returns:
         The layers' paths, and the criterion.
@@ -38,17 +40,19 @@ def round_prologue_(
     with quantizers_off(reference):
         before = [_output(reference, samples, step) for step in chosen]
         layers = prologue_layers(reference)
-        round_to_int8_(reference, layers)
+        round_to_integers_(reference.model, layers, dtype)
         after = [_output(reference, samples, step) for step in chosen]
     errors = [float((new - old).norm() / old.norm()) for new, old in zip(after, before, strict=True)]
     ratios = [float(np.hypot(1.0, error / max(q, 1e-12))) for error, q in zip(errors, quantized, strict=True)]
     return layers, Criterion(
-        name="int8_prologue",
-        says="the quantization error with that of an INT8 prologue added in squares, over the quantization error",
+        name=f"{dtype}_prologue",
+        says=f"the quantization error with that of an {dtype.upper()} prologue added in squares, "
+        "over the quantization error",
         limit=GRAPH_LIMIT,
         steps=tuple(chosen),
         per_step=tuple(ratios),
         details={"layers": len(layers), "error": errors, "quantization_error": quantized},
+        hint="Keep more of it: leave --prologue out for FP16, or --prologue int8.",
     )
 
 

@@ -33,6 +33,12 @@ class Criterion(BaseModel):
     worst_at: str = ""
     """Where the worst figure was found, if it belongs to a layer."""
     details: dict[str, Any] = {}
+    hint: str = Field(
+        default="It would not make the trained model's images. Please report model, recipe and figures.",
+        exclude=True,
+        repr=False,
+    )
+    """What to do if it is not met."""
     reference_by_sample: tuple[tuple[float, ...], ...] = Field(default=(), exclude=True, repr=False)
     """The reference's distance from the teacher by step and sample, for the engines' turn; not in the manifest."""
 
@@ -86,7 +92,7 @@ class ParityReport(BaseModel):
             raise SdqError(
                 f"Parity failed {where}: {criterion.says} is {figure:.3g}, "
                 f"at most {criterion.limit:.3g} is wanted; {consequence}.",
-                "It would not make the trained model's images. Please report model, recipe and figures.",
+                criterion.hint,
             )
 
     def to_manifest(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from sdq_deploy.cli import main
 from sdq_engines.package.store import open_package, read_manifest
 from tests.deploy.evaluation.helpers import pngs, results_in, run_evaluate, write_prompts
 from tests.deploy.training.helpers import ROOT
@@ -100,7 +101,7 @@ def _double_the_scales(folder: Path) -> None:
 
 
 def test_killed_and_run_again_it_goes_on(checkpoint: Path, tmp_path: Path) -> None:
-    out, prompts = tmp_path / "out", write_prompts(tmp_path, 40)
+    out, prompts = tmp_path / "out", write_prompts(tmp_path, 16)
     arguments = ["evaluate", str(checkpoint), "--prompts", str(prompts), "--out", str(out), "--batch-size", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "export", "engines"))}
     child = subprocess.Popen(
@@ -121,8 +122,8 @@ def test_killed_and_run_again_it_goes_on(checkpoint: Path, tmp_path: Path) -> No
     assert not (out / "results.json").exists()
     assert run_evaluate(*arguments[1:]) == 0
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
-    assert len(before) < 40
-    assert results_in(out).prompts.count == 40
+    assert len(before) < 16
+    assert results_in(out).prompts.count == 16
     assert not list(out.rglob("*.tmp")) or len(list(out.rglob("*.tmp"))) == 1  # the file under way when it was killed
 
 
@@ -163,7 +164,9 @@ def test_limits_set_the_exit_code(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert json.loads(captured.out)["candidates"][0]["figures"]["psnr"]["value"] == value
 
 
-def test_the_manifest_carries_the_figures(float_package: Path, tmp_path: Path) -> None:
+def test_the_manifest_carries_the_figures(
+    float_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     package = tmp_path / "package"
     shutil.copytree(float_package, package)
     out, prompts = tmp_path / "out", write_prompts(tmp_path, 3)
@@ -176,6 +179,15 @@ def test_the_manifest_carries_the_figures(float_package: Path, tmp_path: Path) -
     assert fidelity["evaluation"]["prompts"]["sha256"] == found.prompts.sha256
     assert fidelity["evaluation"]["engine"] == "onnxruntime"
     assert "parity" in fidelity
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main.run(["inspect", str(package)])
+    shown = capsys.readouterr().out
+    figure = found.candidates[0].figures["psnr"]
+    assert f"3 images, {found.prompts.title}, prompt set {found.prompts.sha256[:12]}\n" in shown
+    assert (
+        f"  {'psnr':24} {figure.value:.4g} ({figure.low:.4g} to {figure.high:.4g}), worst {figure.worst:.4g}\n" in shown
+    )
 
 
 def test_every_image_has_its_row(checkpoint: Path, tmp_path: Path) -> None:

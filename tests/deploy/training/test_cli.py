@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sdq_deploy.cli import main
 from tests.deploy.training.helpers import ROOT, SMALL
 
 
@@ -38,7 +39,9 @@ def small_options() -> list[str]:
     return ["--recipe", "shapes-64", *(part for key, value in SMALL.items() for part in ("--set", f"{key}={value}"))]
 
 
-def test_user_errors_are_one_sentence_and_write_nothing(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+def test_user_errors_are_one_sentence_and_write_nothing(
+    tiny_sd: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     empty = tmp_path / "empty.txt"
     empty.write_text("\n", encoding="utf-8")
@@ -54,10 +57,12 @@ def test_user_errors_are_one_sentence_and_write_nothing(tiny_sd: Path, prompts: 
         ([tiny_sd, "--out", out, "--prompts", prompts, "--method", "qat"], 2, "efficientdm"),
     ]
     for arguments, code, words in cases:
-        result = sdq_train(*arguments)
-        assert result.returncode == code, result.stderr
-        assert words in result.stderr
-        assert "Traceback" not in result.stderr
+        with pytest.raises(SystemExit) as exit_:
+            main.run(["train", *map(str, arguments)])
+        said = " ".join(capsys.readouterr().err.split())
+        assert exit_.value.code == code, said
+        assert words in said
+        assert "Traceback" not in said
         assert not out.exists() or not any(out.iterdir())
 
 

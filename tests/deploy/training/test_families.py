@@ -25,7 +25,6 @@ from sdq_export.engines import check_built_engine
 from sdq_export.sampler import compile_sampler, make_scheduler
 from sdq_export.source import load_source
 from sdq_export.writer import export_package
-from tests.tiny import write_tiny_sd2, write_tiny_sd3, write_tiny_sdxl
 
 pytestmark = pytest.mark.slow
 
@@ -56,11 +55,9 @@ def _fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize(
-    ("write", "recipe"), [(write_tiny_sd2, "sd"), (write_tiny_sdxl, "sdxl"), (write_tiny_sd3, "sd3")]
-)
-def test_train_export_build_run(write: Callable[[Path], Path], recipe: str, tmp_path: Path) -> None:
-    model, out = write(tmp_path / "model"), tmp_path / "run"
+@pytest.mark.parametrize(("name", "recipe"), [("sd2", "sd"), ("sdxl", "sdxl"), ("sd3", "sd3")])
+def test_train_export_build_run(name: str, recipe: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model, out = tiny(name), tmp_path / "run"
     assert default_recipe(str(model)) == recipe
     prompts = tuple(f"a red circle number {index}" for index in range(6))
     settings = TrainingSettings(model=str(model), out=out, recipe=load_recipe(recipe, FEWER), prompts=prompts)
@@ -88,8 +85,8 @@ def _image(pipe: Pipeline) -> Image.Image:
     return pipe(["a red circle", "blue"], negative_prompt="green", seed=7).images[1]
 
 
-def test_the_empty_prompt_of_sdxl_is_zeros(tmp_path: Path) -> None:
-    model, out = write_tiny_sdxl(tmp_path / "model"), tmp_path / "run"
+def test_the_empty_prompt_of_sdxl_is_zeros(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    model, out = tiny("sdxl"), tmp_path / "run"
     recipe = load_recipe("sdxl", FEWER | {"fit.max_train_steps": 0, "sensitivity.top_k": 1})
     run_training(
         TrainingSettings(model=str(model), out=out, recipe=recipe, prompts=("a red circle", "blue")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,15 +25,14 @@ from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import export_package
 from tests.deploy.training.helpers import small_settings
 from tests.deploy.training.test_modelopt_backend import initial_scales
-from tests.tiny import write_tiny_sd3
 
 KEEP = ("pos_embed.proj", "proj_out")
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return load_source(write_tiny_sd3(tmp_path_factory.mktemp("sd3") / "model"))
+def source(tiny: Callable[[str], Path]) -> Source:
+    return load_source(tiny("sd3"))
 
 
 @pytest.fixture(scope="module")
