@@ -7,11 +7,12 @@ put the values in, one layer after the other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from numpy.typing import NDArray
 from torch import nn
 
@@ -28,7 +29,7 @@ def load_skeleton(kind: Any, folder: Path) -> Any:
         kind: the model's class.
         folder: holds its config.json.
     """
-    with init_empty_weights(include_buffers=False):
+    with _parameters_without_memory():
         model: nn.Module = kind.from_config(kind.load_config(folder, local_files_only=True))
     for index, (name, parameter) in enumerate(list(model.named_parameters())):
         owner, _, own_name = name.rpartition(".")
@@ -40,6 +41,21 @@ def load_skeleton(kind: Any, folder: Path) -> Any:
 def is_hollow(array: NDArray[Any]) -> bool:
     """Whether a graph's constant is still the skeleton's: one number seen in a large shape."""
     return array.size > 1 and not any(array.strides)
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Modules that are made in this block get parameters on torch's meta device; buffers, which are small, are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta")))
+
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _values(shape: torch.Size, index: int) -> torch.Tensor:
