@@ -108,6 +108,29 @@ def table(results: dict[str, Any], runs: dict[str, Path]) -> str:
     return "\n".join(lines)
 
 
+def table_of_seeds(results: dict[str, Any], rows: list[Row], seeds: int) -> str:
+    """Markdown: each row's mean over the seeds, and the least and the most of them."""
+    lines = ["| | PSNR, dB | 1 − SSIM | feature FID to FP | captions right |", "|---|---|---|---|---|"]
+    found = {candidate["name"]: candidate["figures"] for candidate in results["candidates"]}
+    for row in rows:
+        figures = [found[f"{row.name}-seed{seed}"] for seed in range(seeds)]
+        psnr, ssim, fid, captions = ([each[name]["value"] for each in figures] for name in COLUMNS)
+        cells = [
+            row.name,
+            over_seeds(psnr, 1),
+            over_seeds([1 - value for value in ssim], 4),
+            over_seeds(fid, 3),
+            f"{over_seeds([100 * value for value in captions], 1)} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def over_seeds(values: list[float], digits: int) -> str:
+    mean = sum(values) / len(values)
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} … {max(values):.{digits}f})"
+
+
 def spread(figure: dict[str, float], digits: int) -> str:
     if figure["low"] is None:
         return f"{figure['value']:.{digits}f}"
@@ -180,7 +203,10 @@ def main() -> None:
     options += ["--processes", str(arguments.processes)]
     sdq(["evaluate", *candidates, *options])
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    text = f"{table(results, runs)}\n\n{differences(results, next(iter(runs)))}\n"
+    if arguments.seeds > 1:
+        text = f"{table_of_seeds(results, rows, arguments.seeds)}\n"
+    else:
+        text = f"{table(results, runs)}\n\n{differences(results, next(iter(runs)))}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     if arguments.docs is not None:
         insert(arguments.docs, f"{arguments.table}-{arguments.precision}", text)
