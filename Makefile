@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/sdq-deploy demo --out build/demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

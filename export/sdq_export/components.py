@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+import json
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -113,7 +113,7 @@ def make_denoiser(
             model = divide_inputs_(copy.deepcopy(skeleton), checkpoint.spec, checkpoint.tensors)
         return family.capture_denoiser(model, shape, _tokens(source), multiple)
 
-    captured = _capture_once(source, f"{DENOISER} {smoothed} {multiple}", capture_it)
+    captured = _capture_once((_architecture(source), _tokens(source), smoothed, multiple), capture_it)
     # a quantized layer's weight comes as integers; a layer of its own would be one more copy of it in FP32
     integers = {weight_key(site.layer) for site in checkpoint.spec.weights} if checkpoint else set()
     return build_denoiser(
@@ -143,8 +143,7 @@ def make_text_encoder(
     module = encoder.wrap(_stored(source, encoder.component, dtype, integers))
     example = torch.zeros(2, encoder.length(source), dtype=torch.int64)
     captured = _capture_once(
-        source,
-        f"{encoder.component} {dtype} {integers}",
+        (source.folder, source.sha256, encoder.component, dtype, integers),
         lambda: capture(module, {"input_ids": example}, batched=["input_ids"], outputs=encoder.outputs),
     )
     return _finished(captured, dtype, integers), module
@@ -156,7 +155,8 @@ def make_vae_decoder(
     """The decoder's graph, and the torch module that it equals."""
     module, shape = VaeDecoder(_stored(source, "vae", dtype, integers)), source.family.latent_shape(source)
     captured = _capture_once(
-        source, f"{VAE_DECODER} {dtype} {integers} {free_size}", lambda: capture_vae_decoder(module, shape, free_size)
+        (source.folder, source.sha256, VAE_DECODER, dtype, integers, free_size),
+        lambda: capture_vae_decoder(module, shape, free_size),
     )
     return _finished(captured, dtype, integers), module
 
@@ -168,7 +168,8 @@ def make_vae_encoder(
     module, size = VaeEncoder(_stored(source, "vae", dtype, integers)), source.family.image_size(source)
     multiple = source.family.pixels_per_latent(source) if free_size else 0
     captured = _capture_once(
-        source, f"{VAE_ENCODER} {dtype} {integers} {multiple}", lambda: capture_vae_encoder(module, size, multiple)
+        (source.folder, source.sha256, VAE_ENCODER, dtype, integers, multiple),
+        lambda: capture_vae_encoder(module, size, multiple),
     )
     return _finished(captured, dtype, integers), module
 
@@ -178,16 +179,25 @@ def _tokens(source: Source) -> int:
     return source.family.text_encoders[0].length(source)
 
 
-_captured: dict[tuple[Path, str, bool, str], ir.Model] = {}
+def _architecture(source: Source) -> tuple[Hashable, ...]:
+    """What a graph of the denoiser's skeleton depends on."""
+    config = {key: value for key, value in source.skeleton.config.items() if not key.startswith("_")}
+    return source.family.name, json.dumps(config, sort_keys=True, default=str), source.splits_shortcuts
 
 
-def _capture_once(source: Source, what: str, make: Callable[[], ir.Model]) -> ir.Model:
+_captured: dict[tuple[Hashable, ...], ir.Model] = {}
+
+
+def _capture_once(key: tuple[Hashable, ...], make: Callable[[], ir.Model]) -> ir.Model:
     """A graph to edit: captured, or copied from the capture that an earlier export of this process made.
 
     Tracing a UNet takes seconds whatever its size, and a demo exports the same small model several times. A large
     model's weights are not kept in memory for that.
+
+    Args:
+        key: all that the graph depends on.
+        make: captures it.
     """
-    key = (source.folder, source.sha256, source.splits_shortcuts, what)
     if key not in _captured:
         model = make()
         if _bytes(model) > _KEPT_BYTES:

@@ -35,11 +35,14 @@ def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Any:
         SdqError: it was launched with a strategy that cuts the model into pieces.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import InitProcessGroupKwargs
 
     # Some stages run in the main process while the others wait, at real size longer than the default of 10 minutes.
     waiting = InitProcessGroupKwargs(timeout=LONGEST_STAGE)
     _refuse_sharding()
+    # A second training of this process may have another precision; the group of processes stays as it is.
+    AcceleratorState._reset_state()
     return Accelerator(mixed_precision=recipe.fit.mixed_precision, cpu=cpu, kwargs_handlers=[waiting])
 
 

@@ -37,6 +37,8 @@ from tests.export.quantized import quantized_checkpoint
 from tests.images import psnr
 from tests.tiny import tiny_sd2_unet, tiny_sdxl_unet
 
+pytestmark = pytest.mark.slow
+
 PROMPTS, SEEDS, STEPS, GUIDANCE = ["a red circle", "two blue stars on a white background"], [3, 4], 4, 5.0
 
 

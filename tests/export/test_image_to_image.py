@@ -28,6 +28,8 @@ from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
 from tests.images import psnr
 
+pytestmark = pytest.mark.slow
+
 STEPS, PROMPTS, SEEDS = 8, ["a red circle", "two blue stars"], [3, 4]
 SCHEDULERS = ["ddim", "pndm", "euler", "dpmpp-2m"]
 IMAGE_TO_IMAGE, INPAINT = "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"

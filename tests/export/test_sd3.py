@@ -36,6 +36,8 @@ from tests.export.quantized import quantized_checkpoint
 from tests.images import psnr
 from tests.tiny import write_tiny_sd3
 
+pytestmark = pytest.mark.slow
+
 KEEP = ("pos_embed.proj", "proj_out")
 PROMPTS = ["a red circle", "two boats at sea"]
 STEPS = 4

@@ -29,6 +29,8 @@ from sdq_export.writer import ExportResult, export_package
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
 
+pytestmark = pytest.mark.slow
+
 STEPS, PROMPT = 4, "a red circle"
 SIZES = [(64, 64), (96, 64), (64, 128)]  # (height, width)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from sdq_deploy.cli import main
+from sdq_deploy.recipes import load_recipe
+from sdq_deploy.training.run import make_accelerator
 from tests.deploy.training.helpers import ROOT, SMALL
 
 
@@ -103,3 +105,9 @@ def test_ctrl_c_names_the_command_that_continues_and_it_does(tiny_sd: Path, prom
     assert "w4a8: " in resumed.stdout
     again = sdq_train(tiny_sd, "--out", out, "--resume", "--cpu", "--json")
     assert '"stages_run": []' in again.stdout
+
+
+def test_a_process_may_train_twice_in_other_precisions() -> None:
+    for precision in ("no", "bf16", "no"):
+        recipe = load_recipe("shapes-64", {"fit.mixed_precision": precision})
+        assert make_accelerator(recipe, cpu=True).mixed_precision == precision
