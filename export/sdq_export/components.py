@@ -182,7 +182,8 @@ def _tokens(source: Source) -> int:
 def _architecture(source: Source) -> tuple[Hashable, ...]:
     """What a graph of the denoiser's skeleton depends on."""
     config = {key: value for key, value in source.skeleton.config.items() if not key.startswith("_")}
-    return source.family.name, json.dumps(config, sort_keys=True, default=str), source.splits_shortcuts
+    # the adapter and not its name: Stable Diffusion 3 with and without T5 share that, and have texts of other lengths
+    return type(source.family), json.dumps(config, sort_keys=True, default=str), source.splits_shortcuts
 
 
 _captured: dict[tuple[Hashable, ...], ir.Model] = {}
