@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from checkpoints import FAMILIES
 from family import GUIDANCE, STEPS, export, make_checkpoint
 
 from sdq_engines.backends.registry import backend
+from sdq_engines.bench import Timing, measure
 from sdq_engines.build import build_engine
 from sdq_engines.package.layout import PROLOGUE
 from sdq_engines.package.schema import ShapeProfile
@@ -50,7 +50,6 @@ def eager_step(model: Path) -> Callable[[], object]:
         with torch.inference_mode():
             return source.family.predict(source.denoiser, latents, timestep, prompts)
 
-    call()
     return call
 
 
@@ -80,13 +79,8 @@ def run(what: str, folder: Path, family: str, runs: int) -> None:
     """Time one of RUNS; in a process of its own."""
     model = folder / family
     step = eager_step(model) if what == "eager" else package_step(model, folder / f"{family}-{what}", what)
-    step()
-    seconds = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    (folder / f"{family}-step-{what}.json").write_text(json.dumps(seconds), encoding="utf-8")
+    timing = measure(step, runs, warm_up=1)
+    (folder / f"{family}-step-{what}.json").write_text(json.dumps(asdict(timing)), encoding="utf-8")
 
 
 def main() -> None:
@@ -104,11 +98,11 @@ def main() -> None:
     make_checkpoint(folder / arguments.family, arguments.family)
     for what in RUNS:
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", what], check=True)
-    found = {what: json.loads((folder / f"{arguments.family}-step-{what}.json").read_text()) for what in RUNS}
-    ours = statistics.median(found["w4a8"])
+    found = {what: Timing(**json.loads((folder / f"{arguments.family}-step-{what}.json").read_text())) for what in RUNS}
+    ours = found["w4a8"].median
     for what, title in RUNS.items():
-        middle = statistics.median(found[what])
-        print(f"{title:40} {middle:7.2f} s ({min(found[what]):.2f} to {max(found[what]):.2f}), {middle / ours:5.2f} x")
+        step = found[what]
+        print(f"{title:40} {step.median:7.2f} s ({step.best:.2f} to {step.worst:.2f}), {step.median / ours:5.2f} x")
     versions = {"python": platform.python_version()} | tool_versions(("torch", "diffusers", "openvino"))
     print(" · ".join(f"{name} {value}" for name, value in versions.items()))
 
