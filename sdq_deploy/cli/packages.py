@@ -125,7 +125,11 @@ def build(
     ] = None,
     fp32: Annotated[
         list[str] | None,
-        typer.Option("--fp32", help="A component that NVIDIA engines compute in FP32, e.g. vae_decoder."),
+        typer.Option(
+            "--fp32",
+            help="Repeatable: a component of which nothing is computed in half precision; for NVIDIA engines e.g. "
+            "vae_decoder, for openvino the denoiser, whose long attention is in BF16.",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:

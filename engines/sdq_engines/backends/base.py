@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sdq_engines.package.store import Package
 
 __all__ = [
+    "FP32_OPTION",
     "Arrays",
     "Availability",
     "Backend",
@@ -30,6 +31,10 @@ __all__ = [
 ]
 
 Arrays = dict[str, np.ndarray]
+
+#: Build option: the components that compute in FP32 what is not quantized, e.g. SDXL's VAE, whose activations leave
+#: FP16's range.
+FP32_OPTION = "fp32"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Compiled once at build and exported as a blob per component, which opens an order of magnitude faster than compiling the
 graph. Two properties keep it faithful (docs/benchmarks.md): `INFERENCE_PRECISION_HINT=f32`, since the default may
 compute in BF16, and `DYNAMIC_QUANTIZATION_GROUP_SIZE=0`, since it would else quantize activations of INT4 layers.
+The one thing in BF16 is the long self-attention of quantized denoisers (`lowering/bf16_attention.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult, require_working
+from sdq_engines.backends.base import FP32_OPTION, Arrays, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.profiles import extents, fixed_size, input_dims
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import DENOISER, VAE_DECODER
@@ -84,7 +85,9 @@ class OpenVinoBackend:
         for component in job.package.manifest.components:
             job.progress(component, "lowering")
             size = fixed_size(component, job.profile, job.package.manifest.io)
-            path = _lowered(job, component, [*size, *self.lowering(component, job.options)])
+            path = _lowered(
+                job, component, [*size, *self.lowering(component, job.options), *_attention(job, component)]
+            )
             job.progress(component, "compiling")
             model = core.read_model(str(path))
             _fix_shapes(model, path, component, job)
@@ -95,7 +98,8 @@ class OpenVinoBackend:
             files[component] = f"{component}.blob"
             with (job.out / f"{component}.blob").open("wb") as blob:
                 blob.write(_bytes(compiled.export_model()))
-        return BuildResult(files, ov.get_version(), f"{platform.machine()} CPU", {}, kernels)
+        recorded = {FP32_OPTION: job.options[FP32_OPTION]} if job.options.get(FP32_OPTION) else {}
+        return BuildResult(files, ov.get_version(), f"{platform.machine()} CPU", recorded, kernels)
 
     def load(self, package: Package, entry: EngineEntry, options: Mapping[str, Any]) -> OpenVinoSession:
         found = require_working(self)
@@ -108,6 +112,14 @@ class OpenVinoBackend:
         if entry.target != here:
             raise SdqError(f"The openvino engine was built for: {entry.target}; here is: {here}.", rebuild)
         return OpenVinoSession(package, entry, options.get("threads"))
+
+
+def _attention(job: BuildJob, component: str) -> list[ir.passes.PassBase]:
+    """Long self-attention of a quantized denoiser in BF16, unless the job asks for FP32."""
+    from sdq_engines.lowering.bf16_attention import Bf16Attention
+
+    quantized = component == DENOISER and job.package.manifest.precision.startswith("w")
+    return [Bf16Attention()] if quantized and DENOISER not in job.options.get(FP32_OPTION, ()) else []
 
 
 def _lowered(job: BuildJob, component: str, passes: list[ir.passes.PassBase]) -> Path:

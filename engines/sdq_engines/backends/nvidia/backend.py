@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdq_engines.backends.base import Availability, BuildJob, BuildResult, require_working
+from sdq_engines.backends.base import FP32_OPTION, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.nvidia import cuda
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import DENOISER
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from sdq_engines.package.schema import EngineEntry
     from sdq_engines.package.store import Package
 
-__all__ = ["FP32_OPTION", "Library", "NvidiaBackend", "make"]
-
-#: Build option: the components that compute in FP32, e.g. SDXL's VAE, whose activations leave FP16's range.
-FP32_OPTION = "fp32"
+__all__ = ["Library", "NvidiaBackend", "make"]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdq_engines.backends.base import BuildJob, BuildResult
+from sdq_engines.backends.base import FP32_OPTION, BuildJob, BuildResult
 from sdq_engines.backends.kernels import count, tensorrt_layers
 from sdq_engines.backends.nvidia import cuda
-from sdq_engines.backends.nvidia.backend import FP32_OPTION
 from sdq_engines.backends.profiles import extents, fixed_size, input_dims
 from sdq_engines.errors import SdqError
 from sdq_engines.lowering.graph import apply, load_graph
