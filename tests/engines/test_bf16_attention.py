@@ -32,7 +32,7 @@ def attention(queries: int, keys: int | str, scaled: bool = False) -> onnx.Model
         helper.make_node("Transpose", ["mixed"], ["out"], "attn/Transpose", perm=[0, 2, 1, 3]),
     ]
     shapes = {"q": [1, HEADS, queries, WIDTH], "k": [1, HEADS, WIDTH, keys], "v": [1, HEADS, keys, WIDTH]}
-    middle = dict.fromkeys(["scores", "weights", *["scaled"][:scaled]], [1, HEADS, queries, keys])
+    middle = {name: [1, HEADS, queries, keys] for name in ("scores", "weights", *["scaled"][:scaled])}
     middle["mixed"] = [1, HEADS, queries, WIDTH]
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
