@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdq_deploy.libraries import quiet_libraries
 from sdq_deploy.models import resolve_model
 from sdq_engines.bench import PROMPT, Timing, measure
 from sdq_engines.package.schema import Manifest
@@ -20,6 +21,7 @@ def time_eager(model: str, manifest: Manifest, batch: int, runs: int) -> dict[st
         batch: images per call.
         runs: of each timing.
     """
+    quiet_libraries()
     import diffusers
     import torch
 

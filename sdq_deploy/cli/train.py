@@ -133,8 +133,10 @@ def train(
     )
     if dry_run:
         from sdq_deploy.cli.forecast import print_forecast
+        from sdq_deploy.libraries import quiet_libraries
         from sdq_deploy.training.forecast import forecast
 
+        quiet_libraries()
         print_forecast(forecast(settings), json)
         return
     ran = run_training(settings, resume=resume, dataset=dataset, cpu=cpu)
