@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx_ir.passes.common import CheckerPass
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.checkpoints import randomize_
@@ -19,7 +20,7 @@ from sdq_engines import Pipeline
 from sdq_engines.backends.registry import backend
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import PROLOGUE
+from sdq_engines.package.layout import DENOISER, PROLOGUE
 from sdq_export import integer_storage
 from sdq_export.conditioning import Conditioning
 from sdq_export.denoiser import build_denoiser, run_passes
@@ -209,6 +210,26 @@ def float_graphs(source: Source, plan: SamplerPlan, captured: ir.Model) -> Any:
     tables = source.family.time_tables(source.denoiser, torch.from_numpy(plan.timesteps))
     shape = source.family.latent_shape(source)
     return build_denoiser(captured, source.family.cuts(tables), plan, shape, store_fp16=False)
+
+
+def test_of_the_position_table_only_the_crop_is_stored(plan: SamplerPlan, tmp_path: Path) -> None:
+    """That of the checkpoint, whatever diffusers would compute; the parity of the export is with its transformer."""
+    folder = write_tiny_sd3(tmp_path / "model")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["pos_embed.pos_embed"] = torch.randn(1, 24 * 24, 32, generator=torch.Generator().manual_seed(2))
+    save_file(weights, file)
+    source = load_source(folder)
+    wanted = source.denoiser.pos_embed.cropped_pos_embed(8, 8).numpy()
+    made = export_package(source, tmp_path / "package", plan, 7.0, dtype="fp32", vae_encoder=False)
+    assert made.report.passed
+    constants = [
+        value.const_value.numpy()
+        for value in ir.load(made.package.component(DENOISER)).graph.initializers.values()
+        if value.const_value is not None
+    ]
+    assert [array.shape for array in constants if np.array_equal(array, wanted)] == [(1, 4 * 4, 32)]
+    assert max(array.size for array in constants) < weights["pos_embed.pos_embed"].numel()
 
 
 @pytest.fixture(scope="module")
