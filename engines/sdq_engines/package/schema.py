@@ -62,6 +62,8 @@ class ModelIO(_Strict):
     """Without a negative prompt the unconditional half sees zeros in place of the empty prompt's embeddings (SDXL)."""
     size_multiple: int | None = Field(default=None, ge=1)
     """The graphs take any height and width in pixels that are multiples of this; none: `image_size` alone."""
+    size_limit: int | None = Field(default=None, ge=1)
+    """The most that a free height or width in pixels may be; none: no limit."""
     extra_channels: int = Field(default=0, ge=0)
     """Channels that an inpainting denoiser takes beside the latents: 1 of the mask, then C of the masked image."""
 
