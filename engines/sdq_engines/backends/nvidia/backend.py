@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from sdq_engines.package.schema import EngineEntry
     from sdq_engines.package.store import Package
 
-__all__ = ["FP32_OPTION", "Library", "NvidiaBackend", "make"]
+__all__ = ["BF16_OPTION", "FP32_OPTION", "Library", "NvidiaBackend", "make"]
 
 #: Build option: the components that compute in FP32, e.g. SDXL's VAE, whose activations leave FP16's range.
 FP32_OPTION = "fp32"
+#: Build option: the components that compute in BF16, FP32's range in half the bytes; it goes before `full_precision`.
+BF16_OPTION = "bf16"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def make(name: str) -> NvidiaBackend:
 
 
 class NvidiaBackend:
-    """See the module. Build option: `fp32`, a list of components."""
+    """See the module. Build options: `fp32` and `bf16`, lists of components."""
 
     def __init__(self, library: Library) -> None:
         self.library, self.name = library, library.engine
@@ -79,11 +81,13 @@ class NvidiaBackend:
 
     def lowering(self, component: str, options: Mapping[str, Any]) -> list[ir.passes.PassBase]:
         from sdq_engines.lowering.fold_fp16_storage import FoldFp16Storage
-        from sdq_engines.lowering.fp16 import ToFloat16
+        from sdq_engines.lowering.fp16 import ToBFloat16, ToFloat16
         from sdq_engines.lowering.scalar_scales import ScalarScales
         from sdq_engines.lowering.widen_int4 import WidenInt4
 
         quantized = [WidenInt4(), ScalarScales()] if component == DENOISER else []
+        if component in options.get(BF16_OPTION, ()):
+            return [*quantized, ToBFloat16()]
         return [*quantized, FoldFp16Storage() if component in options.get(FP32_OPTION, ()) else ToFloat16()]
 
     def build(self, job: BuildJob) -> BuildResult:
