@@ -234,3 +234,31 @@ def test_integers_made_of_constants_are_computed_in_fp32() -> None:
     inputs = {"x": np.zeros(299, np.float32)}
     (found,) = ReferenceEvaluator(lower(model, ToBFloat16())).run(None, inputs)
     assert np.array_equal(found, run(model, inputs)["sum"])
+
+
+def test_bf16_keeps_the_mean_of_squares_in_fp32() -> None:
+    """A T5's normalization, of numbers whose squares FP16 cannot hold."""
+    chain = [("Pow", ["h", "two"]), ("ReduceMean", ["Pow", "axis"]), ("Add", ["ReduceMean", "epsilon"]),
+             ("Sqrt", ["Add"]), ("Reciprocal", ["Sqrt"]), ("Mul", ["h", "Reciprocal"])]  # fmt: skip
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["h"])]
+    nodes += [onnx.helper.make_node(kind, inputs, [kind]) for kind, inputs in chain]
+    nodes.append(onnx.helper.make_node("MatMul", ["Mul", "w"], ["y"]))
+    constants = {"two": np.float32(2), "axis": np.array([-1]), "epsilon": np.float32(1e-6), "w": np.eye(64) * 1000}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [3, 64])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 64])],
+        [
+            onnx.numpy_helper.from_array(array if name == "axis" else array.astype(np.float32), name)
+            for name, array in constants.items()
+        ],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    lowered = lower(model, ToBFloat16())
+    typed = {value.name: value.dtype for node in ir.from_proto(lowered).graph for value in node.outputs}
+    assert {typed[name] for name in ("Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal")} == {ir.DataType.FLOAT}
+    assert {typed[name] for name in ("h", "Mul")} == {ir.DataType.BFLOAT16}
+    inputs = {"x": np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)}
+    (found,) = ReferenceEvaluator(lowered).run(None, inputs)
+    assert distance({"y": found}, run(model, inputs)) < 4e-3

@@ -57,6 +57,10 @@ class ToFloat16(ir.passes.InPlacePass):
         """Inputs and outputs that stay FP32."""
         return _FLOAT_IO
 
+    def float_nodes(self, nodes: list[ir.Node]) -> set[ir.Node]:
+        """Further operators that compute in FP32."""
+        return set()
+
     def requires(self, model: ir.Model) -> None:
         for node in model.graph:
             if any(
@@ -71,7 +75,7 @@ class ToFloat16(ir.passes.InPlacePass):
         common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
         _complete_types(model)
         nodes = list(model.graph)
-        full = sampler_nodes(model) | _angles(nodes)
+        full = sampler_nodes(model) | _angles(nodes) | self.float_nodes(nodes)
         typing = _Typing(model, self.half, self.float_names(model))
         for value in model.graph.inputs:
             if value.dtype == _FLOAT and value.name not in typing.float_names:
@@ -99,7 +103,8 @@ class ToBFloat16(ToFloat16):
     For components that overflow in FP16.
 
     Requires, ensures: as `ToFloat16`, but nothing is clamped, and all floating inputs and outputs stay FP32, as
-    numpy and the runtime know no BF16. The graph is of opset 22, which is 21 with convolutions that are defined for it.
+    numpy and the runtime know no BF16, and so do the means of squares that a T5 normalizes by, as in transformers.
+    The graph is of opset 22, which is 21 with convolutions that are defined for BF16.
     """
 
     half = ir.DataType.BFLOAT16
@@ -112,6 +117,16 @@ class ToBFloat16(ToFloat16):
     def float_names(self, model: ir.Model) -> Collection[str | None]:
         values = (*model.graph.inputs, *model.graph.outputs)
         return {value.name for value in values if value.dtype in (_FLOAT, *_HALVES)}
+
+    def float_nodes(self, nodes: list[ir.Node]) -> set[ir.Node]:
+        """Each mean, the square before it, and the root and reciprocal after it."""
+        found = {node for node in nodes if node.op_type == "ReduceMean"}
+        found |= {node for node in nodes if node.op_type == "Pow" and found.issuperset(node.outputs[0].consumers())}
+        for node in nodes:  # in topological order
+            before = {value.producer() for value in node.inputs if value is not None and not value.is_initializer()}
+            if node.op_type in ("Add", "Sqrt", "Reciprocal") and before and before <= found:
+                found.add(node)
+        return found
 
 
 class _Typing:
