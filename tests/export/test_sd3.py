@@ -55,6 +55,11 @@ def source_t5(tiny: Callable[[str], Path]) -> Source:
 
 
 @pytest.fixture(scope="module")
+def source_medium(tiny: Callable[[str], Path]) -> Source:
+    return load_source(tiny("sd3.5-medium"))
+
+
+@pytest.fixture(scope="module")
 def plan(source: Source) -> SamplerPlan:
     return compile_sampler(source.scheduler, STEPS)
 
@@ -252,7 +257,7 @@ def test_other_precisions_keep_parity(source: Source, plan: SamplerPlan, precisi
     assert export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint).report.passed
 
 
-@pytest.mark.parametrize("which", ["source", "source_t5"])
+@pytest.mark.parametrize("which", ["source", "source_t5", "source_medium"])
 def test_an_fp32_package_makes_diffusers_images(
     which: str, plan: SamplerPlan, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -288,6 +293,22 @@ def test_engines_take_it(quantized_package: ExportResult, engine: str) -> None:
         assert criterion is not None
         assert criterion.passed
         assert Pipeline.load(package.folder, engine=engine)("a red circle", seed=1).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
+def test_stable_diffusion_3_5_medium_goes_the_whole_road(
+    source_medium: Source, plan: SamplerPlan, precision: Any, tmp_path: Path
+) -> None:
+    """A second query, key, value and output in each of the first two blocks, all in integers."""
+    checkpoint = quantized_checkpoint(source_medium, plan, precision, keep=KEEP)
+    made = export_package(source_medium, tmp_path / "package", plan, 7.0, checkpoint=checkpoint)
+    package = made.package
+    for engine in ("openvino", "tensorrt-rtx"):
+        package, criterion = check_built_engine(build_engine(package, engine), engine, made)
+        kernels = package.engine(engine).kernels
+        assert kernels is not None
+        assert (kernels.quantized_layers, kernels.int8, kernels.fallback) == (33 + 2 * 4, 33 + 2 * 4, [])
+        assert criterion is None or criterion.passed
 
 
 def prologue_bytes(result: ExportResult) -> int:

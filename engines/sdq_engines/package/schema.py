@@ -188,7 +188,7 @@ class Manifest(_Strict):
     components: dict[str, str]
     """Component -> canonical ONNX file, relative to the package; in the order in which a prompt passes through them."""
     full_precision: list[str] = Field(default_factory=list)
-    """Components that overflow in FP16: every engine computes them in FP32."""
+    """Components that overflow in FP16: every engine computes them in FP32, or in BF16 where its build asks for it."""
     tools: dict[str, str]
     """Package -> version that wrote this one."""
     files: dict[str, FileEntry]
