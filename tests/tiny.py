@@ -110,9 +110,12 @@ def write_tiny_sdxl(folder: Path, seed: int = 0, inpainting: bool = False) -> Pa
     return write_checkpoint(folder, "sdxl", changes, pipeline=kind, seed=seed)
 
 
-def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False) -> Path:
-    """Stable Diffusion 3: an MMDiT of three blocks, two CLIP encoders and, if wanted, a T5; 16-channel 8x8 latents."""
-    transformer = {
+def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False, medium: bool = False) -> Path:
+    """Stable Diffusion 3: an MMDiT of three blocks, two CLIP encoders and, if wanted, a T5; 16-channel 8x8 latents.
+
+    Medium: with the blocks of Stable Diffusion 3.5 medium, a second attention in the first two and normalized queries.
+    """
+    transformer: dict[str, Any] = {
         "sample_size": 8,
         "num_layers": 3,
         "num_attention_heads": 4,
@@ -120,8 +123,10 @@ def write_tiny_sd3(folder: Path, seed: int = 0, t5: bool = False) -> Path:
         "caption_projection_dim": 32,
         "joint_attention_dim": 96,
         "pooled_projection_dim": WIDTH + SECOND_WIDTH,
-        "pos_embed_max_size": 12,
+        "pos_embed_max_size": 24,  # a table large enough for the exporter to leave it alone, as the real one is
     }
+    if medium:
+        transformer |= {"dual_attention_layers": [0, 1], "qk_norm": "rms_norm"}
     last = {
         "d_model": 96,
         "d_ff": 48,
@@ -157,6 +162,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "sdxl-inpainting": partial(write_tiny_sdxl, inpainting=True),
     "sd3": write_tiny_sd3,
     "sd3-t5": partial(write_tiny_sd3, t5=True),
+    "sd3.5-medium": partial(write_tiny_sd3, medium=True),
 }
 
 

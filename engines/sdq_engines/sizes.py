@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from sdq_engines.errors import SdqError
-from sdq_engines.package.schema import Manifest, ShapeProfile, Size
+from sdq_engines.package.schema import Manifest, ModelIO, ShapeProfile, Size
 from sdq_engines.package.store import Package
 
 __all__ = ["check_size", "check_sizes", "named", "parse_size", "profile_of_sizes", "requested_size", "source_of"]
@@ -61,7 +61,12 @@ def check_size(manifest: Manifest, size: Size, folder: str) -> None:
     if any(length % io.size_multiple for length in size):
         raise SdqError(
             f"{named(size)} is no size of this package: width and height are multiples of {io.size_multiple}.",
-            f"The nearest: {named(_nearest(size, io.size_multiple))}.",
+            f"The nearest: {named(_nearest(size, io))}.",
+        )
+    if io.size_limit is not None and max(size) > io.size_limit:
+        raise SdqError(
+            f"{named(size)} is too large for this package's model: width and height are at most {io.size_limit}.",
+            f"The nearest: {named(_nearest(size, io))}.",
         )
 
 
@@ -99,6 +104,8 @@ def requested_size(package: Package, engine: str, profile: ShapeProfile, height:
     return size
 
 
-def _nearest(size: Size, multiple: int) -> Size:
-    height, width = (max(1, round(length / multiple)) * multiple for length in size)
+def _nearest(size: Size, io: ModelIO) -> Size:
+    multiple = io.size_multiple or 1
+    most = io.size_limit or max(size) + multiple
+    height, width = (min(max(1, round(length / multiple)) * multiple, most) for length in size)
     return height, width

@@ -34,11 +34,18 @@ class FreeSize:
         input: its name.
         multiple: what both must be multiples of, so that every level of the network halves evenly.
         names: of the two in the graph's shapes.
+        limit: the most of either, where the network has one.
     """
 
     input: str
     multiple: int
     names: tuple[str, str]
+    limit: int | None = None
+
+    def dim(self, axis: int) -> Any:
+        """The symbol of an axis, for `torch.export`."""
+        most = None if self.limit is None else self.limit // self.multiple
+        return self.multiple * torch.export.Dim(f"size_{axis}", min=2, max=most)
 
 
 def capture(
@@ -74,7 +81,7 @@ def capture(
     shapes: dict[str, Any] = {name: _dynamic(value, name in batched) for name, value in inputs.items()}
     shapes |= dict.fromkeys(extra)
     if sized is not None:
-        shapes[sized.input] |= {axis: sized.multiple * torch.export.Dim(f"size_{axis}", min=2) for axis in (2, 3)}
+        shapes[sized.input] |= {axis: sized.dim(axis) for axis in (2, 3)}
     with _quiet(), torch.no_grad():
         program = torch.export.export(module, (), kwargs={**inputs, **extra}, dynamic_shapes=shapes, strict=False)
         exported = torch.onnx.export(

@@ -19,6 +19,7 @@ from sdq_export.families.base import TextEncoder
 from sdq_export.families.vae import VaeDecoder, VaeEncoder, capture_vae_decoder, capture_vae_encoder
 from sdq_export.integer_storage import component_layers, round_to_integers_
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
+from sdq_export.passes.fold_constants import FoldConstants
 from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.passes.store_integers import StoreIntegers
@@ -225,5 +226,5 @@ def _stored(source: Source, part: str, dtype: Dtype, integers: IntegerDtype | No
 def _finished(model: ir.Model, dtype: Dtype, integers: IntegerDtype | None) -> ir.Model:
     storage: list[ir.passes.InPlacePass] = [] if integers is None else [StoreIntegers()]
     storage += [StoreFp16()] if dtype == "fp16" else []
-    run_passes(model, [NameNodes(), RemoveDeadCode(), *storage, ClearNotes()])
+    run_passes(model, [NameNodes(), RemoveDeadCode(), FoldConstants(), *storage, ClearNotes()])
     return model

@@ -14,6 +14,7 @@ from sdq_export.families.base import GraphCuts
 from sdq_export.graph import array_of
 from sdq_export.passes.assign_weights import AssignWeights
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
+from sdq_export.passes.fold_constants import FoldConstants
 from sdq_export.passes.int4_weights import PackInt4Weights
 from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.qdq import QuantizeActivations
@@ -73,7 +74,7 @@ def build_denoiser(
     Raises:
         SdqError: the denoiser has a form that a pass does not support.
     """
-    run_passes(captured, [NameNodes(), AssignWeights(weights or {})])
+    run_passes(captured, [NameNodes(), AssignWeights(weights or {}), FoldConstants()])
     prologue = captured.clone()
     storage = [StoreFp16()] if store_fp16 else []
     run_passes(prologue, [*cuts.prologue, StoreIntegers(integer_layers), *storage, ClearNotes()])

@@ -35,7 +35,8 @@ class Storage:
 def round_weights_(module: nn.Module, skip: Collection[str] = ()) -> None:
     """Round convolution, linear and embedding weights to FP16 numbers, in place, still typed FP32.
 
-    A checkpoint that is distributed in FP16 is unchanged by it.
+    A checkpoint that is distributed in FP16 or BF16 is unchanged by it: a weight of BF16 numbers, some of which are
+    below FP16's range or above it, is stored as BF16 (`passes/store_fp16.py`).
 
     Args:
         module: any module.
@@ -43,5 +44,11 @@ def round_weights_(module: nn.Module, skip: Collection[str] = ()) -> None:
     """
     with torch.no_grad():
         for path, part in module.named_modules():
-            if isinstance(part, nn.Conv2d | nn.Linear | nn.Embedding | FrozenLinear) and path not in skip:
+            if not isinstance(part, nn.Conv2d | nn.Linear | nn.Embedding | FrozenLinear) or path in skip:
+                continue
+            if not _is_exact(part.weight, torch.bfloat16):
                 part.weight.copy_(part.weight.to(torch.float16).to(part.weight.dtype))
+
+
+def _is_exact(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(weight.to(dtype).to(weight.dtype), weight)

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,13 +114,13 @@ def export_package(
     with _claimed(out) as folder, _staging(folder) as staging:
         source.family.check_source(source)
         _check_encoder(source, vae_encoder)
-        multiple = _size_multiple(source) if dynamic_size else None
+        free_size = _free_size(source) if dynamic_size else {}
         components, report, samples = _make(
             source, plan, guidance_scale, checkpoint, storage, prompts, vae_encoder, dynamic_size, on_stage
         )
         report.require()
         on_stage("writing", 0, 0)
-        manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report, multiple)
+        manifest = _manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report, free_size)
         package = _write(folder, staging, source, plan, components, manifest)
     return ExportResult(package, report, plan, samples)
 
@@ -133,9 +133,12 @@ def _check_encoder(source: Source, vae_encoder: bool) -> None:
         )
 
 
-def _size_multiple(source: Source) -> int:
-    """In pixels."""
-    return source.family.latent_multiple(source.skeleton) * source.family.pixels_per_latent(source)
+def _free_size(source: Source) -> dict[str, int]:
+    """What the manifest says of a free size, in pixels."""
+    family, pixels = source.family, source.family.pixels_per_latent(source)
+    limit = family.latent_limit(source.skeleton)
+    found = {"size_multiple": family.latent_multiple(source.skeleton) * pixels}
+    return found if limit is None else {**found, "size_limit": limit * pixels}
 
 
 def _check_match(source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint | None) -> None:
@@ -252,7 +255,7 @@ def _manifest(
     dtype: Dtype,
     components: Components,
     report: ParityReport,
-    size_multiple: int | None,
+    free_size: Mapping[str, int],
 ) -> Manifest:
     family = source.family
     return Manifest(
@@ -265,7 +268,7 @@ def _manifest(
             prologue_inputs=[value.name or "" for value in components.denoiser.prologue.graph.inputs],
             prologue_outputs=prologue_names(components.denoiser.prologue),
             force_zeros_for_empty_prompt=family.zeros_for_no_prompt(source),
-            size_multiple=size_multiple,
+            **free_size,
             extra_channels=family.extra_channels(source.skeleton),
         ),
         text=[text_info(source, encoder) for encoder in family.text_encoders],

@@ -131,6 +131,12 @@ def build(
             "vae_decoder, for openvino the denoiser, whose long attention is in BF16.",
         ),
     ] = None,
+    bf16: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--bf16", help="Repeatable: a component that NVIDIA engines compute in BF16, e.g. text_encoder_3, a T5."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Add engines to a package. Needs no torch, so it runs on the machine that will use them.
@@ -147,10 +153,10 @@ def build(
         check_engine_name(name)
     names = list(dict.fromkeys(choose_engine(name) for name in engine))
     checked = open_package(package)
-    _check_components(fp32 or [], list(checked.manifest.components))
+    _check_components([*(fp32 or []), *(bf16 or [])], list(checked.manifest.components))
     profile = ShapeProfile(batch_min=batch_min, batch_opt=batch_opt, batch_max=batch_max)
     profile = profile_of_sizes(profile, [parse_size(text) for text in size or []])
-    options = {"fp32": fp32} if fp32 else {}
+    options = {name: value for name, value in (("fp32", fp32), ("bf16", bf16)) if value}
     for name in names:
         checked = _build_one(checked, name, profile, options)
         if not json:

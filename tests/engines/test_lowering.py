@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from sdq_engines.backends.onnxruntime import OnnxRuntimeComponent, open_session
 from sdq_engines.errors import SdqError
 from sdq_engines.lowering.fold_fp16_storage import FoldFp16Storage
-from sdq_engines.lowering.fp16 import ToFloat16
+from sdq_engines.lowering.fp16 import ToBFloat16, ToFloat16
 from sdq_engines.lowering.graph import apply, array_of, quantized_layers
 from sdq_engines.lowering.regions import sampler_nodes
 from sdq_engines.lowering.scalar_scales import ScalarScales
@@ -156,3 +157,108 @@ def test_fp16_clamps_what_it_cannot_hold_and_refuses_dead_scales() -> None:
             constant.CopyFrom(onnx.numpy_helper.from_array(np.float32(1e-9), constant.name))
     with pytest.raises(SdqError, match="conv1/scale cannot be held in FP16"):
         apply(ir.from_proto(quantized), [ToFloat16()])
+
+
+@pytest.mark.parametrize("maker", [text_encoder, vae_decoder])
+def test_bf16_is_computed_inside_and_fp32_outside(maker: Callable[[TinyShape], onnx.ModelProto]) -> None:
+    """onnx's own evaluator rounds every operator's result to the type that the graph gives it."""
+    model = maker(TinyShape())
+    lowered = lower(model, ToBFloat16())
+    for value in (*lowered.graph.input, *lowered.graph.output):
+        assert value.type.tensor_type.elem_type in (onnx.TensorProto.FLOAT, onnx.TensorProto.INT64), value.name
+    graph = ir.from_proto(lowered)
+    outside = sampler_nodes(graph)
+    inside = [node for node in graph.graph if node not in outside and node.op_type != "Cast"]
+    assert len(inside) > 3
+    assert {output.dtype for node in inside for output in node.outputs} == {ir.DataType.BFLOAT16}
+    inputs = feeds(model)
+    names = [output.name for output in lowered.graph.output]
+    found = dict(zip(names, ReferenceEvaluator(lowered).run(None, inputs), strict=True))
+    assert 5e-4 < distance(found, run(model, inputs)) < 6e-3
+
+
+def stored_as_bf16(array: np.ndarray) -> onnx.ModelProto:
+    """x times a weight that is stored as BF16."""
+    stored = onnx.TensorProto(name="w", data_type=onnx.TensorProto.BFLOAT16, dims=array.shape)
+    stored.raw_data = array.astype(ml_dtypes.bfloat16).tobytes()
+    nodes = [
+        onnx.helper.make_node("Cast", ["w"], ["wide"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("MatMul", ["x", "wide"], ["images"]),
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", size])
+        for name, size in (("x", array.shape[0]), ("images", array.shape[1]))
+    ]
+    graph = onnx.helper.make_graph(nodes, "graph", ends[:1], ends[1:], [stored])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_weights_stored_as_bf16_are_lowered_to_what_the_engine_computes_in() -> None:
+    array = np.array([[1e6, 2.0**-20], [-1e6, 3.0]], np.float32)
+    model = stored_as_bf16(array)
+    exact = array.astype(ml_dtypes.bfloat16).astype(np.float32)
+    x = {"x": np.eye(2, dtype=np.float32)}
+    assert np.array_equal(run(model, x)["images"], exact)
+    folded = lower(model, FoldFp16Storage())
+    assert [node.op_type for node in folded.graph.node] == ["MatMul"]
+    assert np.array_equal(run(folded, x)["images"], exact)
+    half = lower(model, ToFloat16())
+    (weight,) = (onnx.numpy_helper.to_array(constant) for constant in half.graph.initializer)
+    assert weight.dtype == np.float16
+    assert np.array_equal(weight, np.clip(exact, -65504, 65504).astype(np.float16))
+    short = lower(model, ToBFloat16())
+    assert [constant.data_type for constant in short.graph.initializer] == [onnx.TensorProto.BFLOAT16]
+    assert "wide" not in [name for node in short.graph.node for name in node.output]
+
+
+def test_integers_made_of_constants_are_computed_in_fp32() -> None:
+    """A T5's buckets of relative positions: in BF16 the logarithms of 100 and of 101 are one number."""
+    positions = np.arange(1, 300, dtype=np.int64)
+    factor = np.float32(40)
+    nodes = [
+        onnx.helper.make_node("Cast", ["positions"], ["real"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Log", ["real"], ["logarithm"]),
+        onnx.helper.make_node("Mul", ["logarithm", "factor"], ["scaled"]),
+        onnx.helper.make_node("Cast", ["scaled"], ["buckets"], to=onnx.TensorProto.INT64),
+        onnx.helper.make_node("Gather", ["table", "buckets"], ["bias"]),
+        onnx.helper.make_node("Add", ["x", "bias"], ["sum"]),
+    ]
+    table = np.arange(256, dtype=np.float32)
+    constants = [
+        onnx.numpy_helper.from_array(array, name)
+        for name, array in (("positions", positions), ("factor", factor), ("table", table))
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [299]) for name in ("x", "sum")]
+    graph = onnx.helper.make_graph(nodes, "graph", ends[:1], ends[1:], constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    inputs = {"x": np.zeros(299, np.float32)}
+    (found,) = ReferenceEvaluator(lower(model, ToBFloat16())).run(None, inputs)
+    assert np.array_equal(found, run(model, inputs)["sum"])
+
+
+def test_bf16_keeps_the_mean_of_squares_in_fp32() -> None:
+    """A T5's normalization, of numbers whose squares FP16 cannot hold."""
+    chain = [("Pow", ["h", "two"]), ("ReduceMean", ["Pow", "axis"]), ("Add", ["ReduceMean", "epsilon"]),
+             ("Sqrt", ["Add"]), ("Reciprocal", ["Sqrt"]), ("Mul", ["h", "Reciprocal"])]  # fmt: skip
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["h"])]
+    nodes += [onnx.helper.make_node(kind, inputs, [kind]) for kind, inputs in chain]
+    nodes.append(onnx.helper.make_node("MatMul", ["Mul", "w"], ["y"]))
+    constants = {"two": np.float32(2), "axis": np.array([-1]), "epsilon": np.float32(1e-6), "w": np.eye(64) * 1000}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [3, 64])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [3, 64])],
+        [
+            onnx.numpy_helper.from_array(array if name == "axis" else array.astype(np.float32), name)
+            for name, array in constants.items()
+        ],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    lowered = lower(model, ToBFloat16())
+    typed = {value.name: value.dtype for node in ir.from_proto(lowered).graph for value in node.outputs}
+    assert {typed[name] for name in ("Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal")} == {ir.DataType.FLOAT}
+    assert {typed[name] for name in ("h", "Mul")} == {ir.DataType.BFLOAT16}
+    inputs = {"x": np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)}
+    (found,) = ReferenceEvaluator(lowered).run(None, inputs)
+    assert distance({"y": found}, run(model, inputs)) < 4e-3

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx_ir.passes.common import CheckerPass
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.checkpoints import randomize_
@@ -19,7 +20,7 @@ from sdq_engines import Pipeline
 from sdq_engines.backends.registry import backend
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import PROLOGUE
+from sdq_engines.package.layout import DENOISER, PROLOGUE
 from sdq_export import integer_storage
 from sdq_export.conditioning import Conditioning
 from sdq_export.denoiser import build_denoiser, run_passes
@@ -51,6 +52,11 @@ def source(tiny: Callable[[str], Path]) -> Source:
 @pytest.fixture(scope="module")
 def source_t5(tiny: Callable[[str], Path]) -> Source:
     return load_source(tiny("sd3-t5"))
+
+
+@pytest.fixture(scope="module")
+def source_medium(tiny: Callable[[str], Path]) -> Source:
+    return load_source(tiny("sd3.5-medium"))
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +217,26 @@ def float_graphs(source: Source, plan: SamplerPlan, captured: ir.Model) -> Any:
     return build_denoiser(captured, source.family.cuts(tables), plan, shape, store_fp16=False)
 
 
+def test_of_the_position_table_only_the_crop_is_stored(plan: SamplerPlan, tmp_path: Path) -> None:
+    """That of the checkpoint, whatever diffusers would compute; the parity of the export is with its transformer."""
+    folder = write_tiny_sd3(tmp_path / "model")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["pos_embed.pos_embed"] = torch.randn(1, 24 * 24, 32, generator=torch.Generator().manual_seed(2))
+    save_file(weights, file)
+    source = load_source(folder)
+    wanted = source.denoiser.pos_embed.cropped_pos_embed(8, 8).numpy()
+    made = export_package(source, tmp_path / "package", plan, 7.0, dtype="fp32", vae_encoder=False)
+    assert made.report.passed
+    constants = [
+        value.const_value.numpy()
+        for value in ir.load(made.package.component(DENOISER)).graph.initializers.values()
+        if value.const_value is not None
+    ]
+    assert [array.shape for array in constants if np.array_equal(array, wanted)] == [(1, 4 * 4, 32)]
+    assert max(array.size for array in constants) < weights["pos_embed.pos_embed"].numel()
+
+
 @pytest.fixture(scope="module")
 def quantized_package(source: Source, plan: SamplerPlan, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     checkpoint = quantized_checkpoint(source, plan, "w4a8", keep=KEEP)
@@ -231,7 +257,7 @@ def test_other_precisions_keep_parity(source: Source, plan: SamplerPlan, precisi
     assert export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint).report.passed
 
 
-@pytest.mark.parametrize("which", ["source", "source_t5"])
+@pytest.mark.parametrize("which", ["source", "source_t5", "source_medium"])
 def test_an_fp32_package_makes_diffusers_images(
     which: str, plan: SamplerPlan, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -267,6 +293,22 @@ def test_engines_take_it(quantized_package: ExportResult, engine: str) -> None:
         assert criterion is not None
         assert criterion.passed
         assert Pipeline.load(package.folder, engine=engine)("a red circle", seed=1).images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
+def test_stable_diffusion_3_5_medium_goes_the_whole_road(
+    source_medium: Source, plan: SamplerPlan, precision: Any, tmp_path: Path
+) -> None:
+    """A second query, key, value and output in each of the first two blocks, all in integers."""
+    checkpoint = quantized_checkpoint(source_medium, plan, precision, keep=KEEP)
+    made = export_package(source_medium, tmp_path / "package", plan, 7.0, checkpoint=checkpoint)
+    package = made.package
+    for engine in ("openvino", "tensorrt-rtx"):
+        package, criterion = check_built_engine(build_engine(package, engine), engine, made)
+        kernels = package.engine(engine).kernels
+        assert kernels is not None
+        assert (kernels.quantized_layers, kernels.int8, kernels.fallback) == (33 + 2 * 4, 33 + 2 * 4, [])
+        assert criterion is None or criterion.passed
 
 
 def prologue_bytes(result: ExportResult) -> int:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.embeddings import PatchEmbed
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sdq_engines import Pipeline
 from sdq_engines.build import build_engine
@@ -28,6 +30,7 @@ from sdq_export.source import Source, load_source
 from sdq_export.writer import ExportResult, export_package
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
+from tests.tiny import write_tiny_sd3
 
 pytestmark = pytest.mark.slow
 
@@ -110,12 +113,85 @@ def test_stable_diffusion_xl_is_told_the_size_that_is_made(tiny: Callable[[str],
     assert np.linalg.norm(told_another - wanted) / np.linalg.norm(wanted) > 1e-4
 
 
-def test_stable_diffusion_3_is_of_one_size(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def free_sd3(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Package]:
+    """Stable Diffusion 3, FP32, its position table for latents of up to 48x48; built for 32x32 to 96x64 pixels."""
     source = load_source(tiny("sd3"))
-    plan = compile_sampler(source.scheduler, 2)
-    with pytest.raises(SdqError, match="height and width cannot be left free"):
-        export_package(source, tmp_path / "package", plan, GUIDANCE, dynamic_size=True)
-    assert not (tmp_path / "package").exists()
+    made = export_package(
+        source, tmp_path_factory.mktemp("free") / "sd3", compile_sampler(source.scheduler, STEPS), GUIDANCE,
+        dtype="fp32", dynamic_size=True,
+    )  # fmt: skip
+    package = made.package
+    for engine in ("onnxruntime", "openvino"):
+        package = build_engine(package, engine, profile_of_sizes(ShapeProfile(), [(64, 64), (48, 80), (80, 48)]))
+        package, criterion = check_built_engine(package, engine, made)
+        assert criterion is not None
+    return source, package
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 64)])
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_stable_diffusion_3_crops_its_positions_for_every_size(
+    free_sd3: tuple[Source, Package], engine: str, size: tuple[int, int]
+) -> None:
+    """Odd and even numbers of rows and columns of the table on either side."""
+    source, package = free_sd3
+    pipeline = source.pipeline(copy.deepcopy(source.scheduler))
+    latents = pipeline(
+        PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(7),
+        height=size[0], width=size[1], output_type="latent",
+    ).images  # fmt: skip
+    with torch.no_grad():
+        scaled = latents / source.vae.config.scaling_factor + source.vae.config.shift_factor
+        decoded = source.vae.decode(scaled, return_dict=False)[0]
+    wanted = np.round(pipeline.image_processor.postprocess(decoded, output_type="np") * 255) / 255
+    require_equal(Pipeline.from_package(package, engine), (latents.numpy(), wanted), height=size[0], width=size[1])
+
+
+def test_an_image_larger_than_the_position_table_is_one_sentence(free_sd3: tuple[Source, Package]) -> None:
+    _, package = free_sd3
+    assert (package.manifest.io.size_multiple, package.manifest.io.size_limit) == (16, 384)
+    with pytest.raises(SdqError, match=r"64x400 is too large .* at most 384") as refused:
+        Pipeline.from_package(package, "onnxruntime")(PROMPT, height=400)
+    assert "64x384" in refused.value.hint
+    with pytest.raises(SdqError, match="at most 384"):
+        build_engine(package, "onnxruntime", profile_of_sizes(ShapeProfile(), [(64, 64), (400, 64)]))
+    other = {name for name in package.manifest.fidelity["parity"] if name.endswith("_other_size")}
+    assert other == {"float_graph_other_size", "vae_decoder_other_size", "vae_encoder_other_size"}
+
+
+def test_a_model_whose_own_size_is_the_largest_is_compared_at_a_smaller_one(tmp_path: Path) -> None:
+    folder = write_tiny_sd3(tmp_path / "model")
+    (folder / "transformer" / "config.json").write_text(
+        json.dumps({**json.loads((folder / "transformer" / "config.json").read_text()), "pos_embed_max_size": 4})
+    )
+    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    table = PatchEmbed(8, 8, 2, 16, 32, pos_embed_max_size=4).pos_embed
+    save_file({**weights, "pos_embed.pos_embed": table}, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    source = load_source(folder)
+    made = export_package(
+        source, tmp_path / "package", compile_sampler(source.scheduler, 2), 7.0, dtype="fp32", dynamic_size=True
+    )
+    assert made.package.manifest.io.size_limit == 64
+    (found,) = (each for each in made.report.criteria if each.name == "float_graph_other_size")
+    assert found.passed
+    assert "6x4 latents" in found.says
+
+
+def test_a_quantized_stable_diffusion_3_of_free_size_builds(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """For a range of sizes up to the largest, and for one, with all layers in integers."""
+    source = load_source(tiny("sd3"))
+    plan = compile_sampler(source.scheduler, 3)
+    checkpoint = quantized_checkpoint(source, plan, "w4a8", keep=("pos_embed.proj", "proj_out"))
+    result = export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint, dynamic_size=True)
+    package = result.package
+    for sizes in ([(64, 64), (32, 32), (384, 384)], []):
+        for engine in ("openvino", "tensorrt-rtx"):
+            package = build_engine(package, engine, profile_of_sizes(ShapeProfile(), sizes))
+            package, _ = check_built_engine(package, engine, result)
+            kernels = package.manifest.engines[engine].kernels
+            assert kernels is not None
+            assert (kernels.quantized_layers, kernels.int8, kernels.fallback) == (33, 33, [])
 
 
 def test_one_pipeline_goes_from_size_to_size(package: Package) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sdq_engines.package.store import Package
 
 __all__ = [
+    "BF16_OPTION",
     "FP32_OPTION",
     "Arrays",
     "Availability",
@@ -35,6 +36,10 @@ Arrays = dict[str, np.ndarray]
 #: Build option: the components that compute in FP32 what is not quantized, e.g. SDXL's VAE, whose activations leave
 #: FP16's range.
 FP32_OPTION = "fp32"
+
+#: Build option of NVIDIA engines: the components that compute in BF16, FP32's range in half the bytes; it goes before
+#: the package's `full_precision`.
+BF16_OPTION = "bf16"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weights stored as FP16 behind a Cast become plain FP32 constants."""
+"""Weights stored as FP16 or BF16 behind a Cast become plain FP32 constants."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["FoldFp16Storage"]
 
 
 class FoldFp16Storage(ir.passes.InPlacePass):
-    """Replace `Cast(FP16 constant) -> FP32` by the FP32 constant; exact, since every FP16 number is an FP32 one.
+    """Replace `Cast(FP16 or BF16 constant) -> FP32` by the FP32 constant; exact: all of these are FP32 numbers.
 
     For engines that would else cast at every call, or that must see a weight to choose its kernel.
 
     Requires: nothing.
-    Ensures: no Cast from an FP16 initializer to FP32 is left. Cases:
+    Ensures: no Cast from an FP16 or BF16 initializer to FP32 is left. Cases:
     1. the constant has this one Cast: the constant is replaced and keeps the Cast's output name;
-    2. the constant has other consumers: they keep the FP16 constant.
+    2. the constant has other consumers: they keep the stored constant.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -46,7 +46,7 @@ class FoldFp16Storage(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         left = [node.name for node in model.graph if _is_storage_cast(node)]
         if left:
-            raise ir.passes.PostconditionError(f"{len(left)} FP16 storage casts are left, the first is {left[0]}")
+            raise ir.passes.PostconditionError(f"{len(left)} storage casts are left, the first is {left[0]}")
 
 
 def _is_storage_cast(node: ir.Node) -> bool:
@@ -55,4 +55,4 @@ def _is_storage_cast(node: ir.Node) -> bool:
     source = node.inputs[0]
     if source is None or not source.is_initializer() or node.outputs[0].is_graph_output():
         return False
-    return source.dtype == ir.DataType.FLOAT16
+    return source.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-__all__ = ["STATE_INPUTS", "sampler_nodes"]
+__all__ = ["STATE_INPUTS", "constant_values", "sampler_nodes"]
 
 #: Inputs of the denoiser that belong to the sampler (docs/package-format.md).
 STATE_INPUTS = frozenset({"latents", "history", "noise", "guidance_scale", "coefficients", "extra_channels"})
@@ -21,7 +21,7 @@ def sampler_nodes(model: ir.Model) -> set[ir.Node]:
     (a Conv, a Gemm, a MatMul with a constant operand) to another: before the first, or after the last.
     """
     nodes = list(model.graph)
-    constant = _constant_values(nodes)
+    constant = constant_values(nodes)
     weighted = [node for node in nodes if _is_weighted(node, constant)]
     after = _downstream(nodes, (output for node in weighted for output in node.outputs))
     before = _upstream(nodes, weighted)
@@ -29,7 +29,7 @@ def sampler_nodes(model: ir.Model) -> set[ir.Node]:
     return {node for node in stateful if node not in weighted and not (node in after and node in before)}
 
 
-def _constant_values(nodes: list[ir.Node]) -> set[ir.Value]:
+def constant_values(nodes: list[ir.Node]) -> set[ir.Value]:
     """Outputs computed from initializers alone, e.g. a dequantized weight."""
     constant: set[ir.Value] = set()
     for node in nodes:

@@ -62,6 +62,8 @@ class ModelIO(_Strict):
     """Without a negative prompt the unconditional half sees zeros in place of the empty prompt's embeddings (SDXL)."""
     size_multiple: int | None = Field(default=None, ge=1)
     """The graphs take any height and width in pixels that are multiples of this; none: `image_size` alone."""
+    size_limit: int | None = Field(default=None, ge=1)
+    """The most that a free height or width in pixels may be; none: no limit."""
     extra_channels: int = Field(default=0, ge=0)
     """Channels that an inpainting denoiser takes beside the latents: 1 of the mask, then C of the masked image."""
 
@@ -186,7 +188,7 @@ class Manifest(_Strict):
     components: dict[str, str]
     """Component -> canonical ONNX file, relative to the package; in the order in which a prompt passes through them."""
     full_precision: list[str] = Field(default_factory=list)
-    """Components that overflow in FP16: every engine computes them in FP32."""
+    """Components that overflow in FP16: every engine computes them in FP32, or in BF16 where its build asks for it."""
     tools: dict[str, str]
     """Package -> version that wrote this one."""
     files: dict[str, FileEntry]

@@ -150,6 +150,10 @@ class Family(ABC):
             SdqError: the denoiser is of one size.
         """
 
+    def latent_limit(self, denoiser: nn.Module) -> int | None:
+        """The most that the latents' height and width may be where a graph takes any size; None for no limit."""
+        return None
+
     def pixels_per_latent(self, source: Source) -> int:
         """How many pixels wide a latent pixel is: 8 for a VAE of four levels."""
         return int(2 ** (len(source.vae.config.block_out_channels) - 1))

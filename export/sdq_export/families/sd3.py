@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
-from sdq_export.capture import capture
+from sdq_export.capture import FreeSize, capture
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
 from sdq_export.families.text import LastHiddenState, PenultimateAndPooled
 from sdq_export.families.time_path import FrozenLinear, freeze_linears_
 from sdq_export.families.vae import check_vae
 from sdq_export.passes.modulation import CutModulation, KeepModulation
+from sdq_export.sizes import HEIGHT, WIDTH, different
 from sdq_export.step_state import StepState
 
 if TYPE_CHECKING:
@@ -82,9 +83,13 @@ class StableDiffusion3(Family):
             )
 
     def latent_multiple(self, denoiser: nn.Module) -> int:
-        raise SdqError(
-            "Stable Diffusion 3's position embedding is compiled for one size, so height and width cannot be left free."
-        )
+        config: Any = denoiser.config
+        return int(config.patch_size)
+
+    def latent_limit(self, denoiser: nn.Module) -> int:
+        """What the position table has rows for; smaller latents take its middle."""
+        config: Any = denoiser.config
+        return int(config.pos_embed_max_size * config.patch_size)
 
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         config = source.skeleton.config
@@ -128,15 +133,17 @@ class StableDiffusion3(Family):
     def capture_denoiser(
         self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int, multiple: int = 0
     ) -> ir.Model:
-        assert not multiple, "latent_multiple refuses"
-        texts = self._examples(denoiser, tokens)
-        inputs = {"sample": torch.randn(2, *latent_shape), "timestep": torch.ones(1), **texts}
+        texts, limit = self._examples(denoiser, tokens), self.latent_limit(denoiser)
+        channels, *size = latent_shape
+        sample = torch.randn(2, channels, *different(size, multiple, limit))
+        inputs = {"sample": sample, "timestep": torch.ones(1), **texts}
         return capture(
             _by_our_names(denoiser),
             inputs,
             batched=["sample", *texts],
             outputs=["model_output"],
             batch="2*batch",
+            sized=FreeSize("sample", multiple, (HEIGHT, WIDTH), limit) if multiple else None,
         )
 
     def cuts(self, tables: Mapping[str, Tensor]) -> GraphCuts:

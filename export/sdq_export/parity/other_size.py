@@ -27,7 +27,9 @@ def check_other_size(
     samples: TeacherSamples,
     reference: StepDenoiser,
 ) -> list[Criterion]:
-    """Denoiser (activation quantization bypassed), decoder and encoder on latents that are wider and lower.
+    """Denoiser (activation quantization bypassed), decoder and encoder on latents that are lower and wider.
+
+    Where the package's own size is the largest that there is, they are lower and narrower.
 
     Args:
         graphs: the canonical graphs of the denoiser.
@@ -37,9 +39,11 @@ def check_other_size(
         samples: prompts and guidance.
         reference: the torch StepDenoiser, as in `check_graphs`.
     """
-    unit = reference.family.latent_multiple(reference.model)
+    unit, limit = reference.family.latent_multiple(reference.model), reference.family.latent_limit(reference.model)
     count, channels, height, width = samples.model_inputs[0].shape
     size = (max(height - unit, unit), width + unit)
+    if limit is not None and size[1] > limit:
+        size = (max(height - 2 * unit, unit), max(width - unit, unit))
     generator = torch.Generator().manual_seed(_SEED)
     latents = torch.randn(count, channels, *size, generator=generator)
     extra = None

@@ -138,6 +138,7 @@ class CutModulation(ir.passes.InPlacePass):
         context, norms = _context(model), _modulations(model)
         step = add_input(graph, STEP_INPUT, ir.DataType.INT64, [])
         _replace_by_input(graph, context, CONTEXT)
+        _read_batch_from_latents(graph)
         for name, linear in norms.items():
             batch = _batch(linear)
             rows = add_input(graph, name, ir.DataType.FLOAT, [batch, self.steps, _width(linear)])
@@ -170,6 +171,16 @@ def _replace_by_input(graph: ir.Graph, node: ir.Node, name: str) -> None:
         graph, name, ir.DataType.FLOAT, [dim if isinstance(dim, int) else str(dim) for dim in output.shape]
     )
     ir.convenience.replace_all_uses_with(output, value)
+
+
+def _read_batch_from_latents(graph: ir.Graph) -> None:
+    """A graph of free size reads its batch size from an input, perhaps one of the texts that are cut away."""
+    latents = next(value for value in graph.inputs if value.name == "sample")
+    for node in graph:
+        if node.op_type != "Shape" or node.inputs[0] not in graph.inputs:
+            continue
+        if (node.attributes.get_int("start", 0), node.attributes.get_int("end", -1)) == (0, 1):
+            node.replace_input_with(0, latents)
 
 
 def _context(model: ir.Model) -> ir.Node:

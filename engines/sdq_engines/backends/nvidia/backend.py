@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdq_engines.backends.base import FP32_OPTION, Availability, BuildJob, BuildResult, require_working
+from sdq_engines.backends.base import BF16_OPTION, FP32_OPTION, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.nvidia import cuda
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import DENOISER
@@ -48,7 +48,7 @@ def make(name: str) -> NvidiaBackend:
 
 
 class NvidiaBackend:
-    """See the module. Build option: `fp32`, a list of components."""
+    """See the module. Build options: `fp32` and `bf16`, lists of components."""
 
     def __init__(self, library: Library) -> None:
         self.library, self.name = library, library.engine
@@ -76,11 +76,13 @@ class NvidiaBackend:
 
     def lowering(self, component: str, options: Mapping[str, Any]) -> list[ir.passes.PassBase]:
         from sdq_engines.lowering.fold_fp16_storage import FoldFp16Storage
-        from sdq_engines.lowering.fp16 import ToFloat16
+        from sdq_engines.lowering.fp16 import ToBFloat16, ToFloat16
         from sdq_engines.lowering.scalar_scales import ScalarScales
         from sdq_engines.lowering.widen_int4 import WidenInt4
 
         quantized = [WidenInt4(), ScalarScales()] if component == DENOISER else []
+        if component in options.get(BF16_OPTION, ()):
+            return [*quantized, ToBFloat16()]
         return [*quantized, FoldFp16Storage() if component in options.get(FP32_OPTION, ()) else ToFloat16()]
 
     def build(self, job: BuildJob) -> BuildResult:

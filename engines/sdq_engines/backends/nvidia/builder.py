@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdq_engines.backends.base import FP32_OPTION, BuildJob, BuildResult
+from sdq_engines.backends.base import BF16_OPTION, FP32_OPTION, BuildJob, BuildResult
 from sdq_engines.backends.kernels import count, tensorrt_layers
 from sdq_engines.backends.nvidia import cuda
 from sdq_engines.backends.profiles import extents, fixed_size, input_dims
@@ -62,8 +62,20 @@ def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildRes
 
 
 def _in_fp32(job: BuildJob) -> list[str]:
-    """What the caller asks to be built in FP32, and what the package says overflows in FP16."""
-    return list(dict.fromkeys([*job.options.get(FP32_OPTION, ()), *job.package.manifest.full_precision]))
+    """What the caller asks to be built in FP32, and what the package says overflows in FP16, unless BF16 is asked for.
+
+    Raises:
+        SdqError: a component is asked for in both, or a quantized denoiser in BF16.
+    """
+    asked, short = job.options.get(FP32_OPTION, ()), job.options.get(BF16_OPTION, ())
+    if both := [name for name in asked if name in short]:
+        raise SdqError(f"{both[0]} was asked for in FP32 and in BF16.", "Give --fp32 or --bf16.")
+    if DENOISER in short and job.package.manifest.precision.startswith("w"):
+        raise SdqError(
+            "The denoiser's quantization scales lose too much in BF16's 8 bits of precision.",
+            "Leave the denoiser out of --bf16; it computes in INT8 and FP16.",
+        )
+    return list(dict.fromkeys([*asked, *(name for name in job.package.manifest.full_precision if name not in short)]))
 
 
 def _recorded(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +123,7 @@ def _plan(trt: Any, library: Library, path: Path, shapes: dict[str, tuple[tuple[
     except PolygraphyException as error:
         raise SdqError(
             f"{library.engine} refuses {path.parent.name}: {_first_line(error)}",
-            "Try --engine onnxruntime, or another precision; `--fp32 COMPONENT` builds one component in FP32.",
+            "Try --engine onnxruntime, or another precision; `--fp32 COMPONENT` or `--bf16 COMPONENT` builds one so.",
         ) from error
 
 
