@@ -40,7 +40,7 @@ def test_a_resumed_run_takes_the_table_of_its_new_precision(tiny_sd: Path, tmp_p
     prompts.write_text("\n".join(f"a red circle number {index}" for index in range(10)), encoding="utf-8")
     small = {key: value for key, value in SMALL.items() if key != "fit.max_train_steps"}
     first = resolve_settings(str(tiny_sd), out, recipe="shapes-64", overrides=small, prompt_file=prompts)
-    assert (first.recipe.quantization.precision, first.recipe.fit.max_train_steps) == ("w4a8", 300)
+    assert (first.recipe.quantization.precision, first.recipe.fit.max_train_steps) == ("w4a8", 380)
     RunFolder(out).write_status({**RunFolder(out).read_status(), "settings": recorded_settings(first)})
     changed = {"quantization.precision": "w8a8"}
     resumed = resolve_settings(str(tiny_sd), out, overrides=changed, resume=True).recipe

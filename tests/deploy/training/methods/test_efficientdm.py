@@ -42,8 +42,9 @@ def test_what_is_not_quantized_stays_the_teachers(tiny_sd: Path, tuned: Path) ->
 
 
 def test_it_starts_where_ours_starts_and_learns(tiny_sd: Path, finished_run: Path, tuned: Path, tmp_path: Path) -> None:
-    """But for smoothing, which is ours."""
-    run_method(tiny_sd, finished_run, tmp_path / "ours", {"calibrate.smoothing": [], "fit.ild_weight": 0.0})
+    """But for smoothing and the weighting of steps, which are ours."""
+    plain = {"calibrate.smoothing": [], "fit.ild_weight": 0.0, "fit.step_weighting": 0.0}
+    run_method(tiny_sd, finished_run, tmp_path / "ours", plain)
     mine, ours = read_log(tuned / "log"), read_log(tmp_path / "ours" / "log")
     assert mine[0]["trajectory_snr_db"] == pytest.approx(ours[0]["trajectory_snr_db"], abs=1e-6)
     assert mine[1]["loss_output"] == pytest.approx(ours[1]["loss_output"], rel=1e-6)
