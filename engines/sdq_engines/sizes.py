@@ -72,7 +72,7 @@ def check_size(manifest: Manifest, size: Size, folder: str) -> None:
 
 def source_of(manifest: Manifest) -> str:
     """What to name to export the package again: its model, or for a quantized one the run that is not recorded."""
-    return "RUN" if manifest.precision.startswith("w") else manifest.source.model
+    return "RUN" if manifest.is_quantized else manifest.source.model
 
 
 def requested_size(package: Package, engine: str, profile: ShapeProfile, height: int | None, width: int | None) -> Size:

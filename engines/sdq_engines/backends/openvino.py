@@ -118,7 +118,7 @@ def _attention(job: BuildJob, component: str) -> list[ir.passes.PassBase]:
     """Long self-attention of a quantized denoiser in BF16, unless the job asks for FP32."""
     from sdq_engines.lowering.bf16_attention import Bf16Attention
 
-    quantized = component == DENOISER and job.package.manifest.precision.startswith("w")
+    quantized = component == DENOISER and job.package.manifest.is_quantized
     return [Bf16Attention()] if quantized and DENOISER not in job.options.get(FP32_OPTION, ()) else []
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from sdq_engines.lowering.graph import cast_node
+
 __all__ = ["LEAST_KEYS", "Bf16Attention"]
 
 #: From how many keys on it pays: below, the products are a small part of a step (docs/benchmarks.md).
@@ -17,7 +19,8 @@ class Bf16Attention(ir.passes.InPlacePass):
     The two products of attention are not quantized, and with thousands of tokens they take longer than all layers
     that are. Engines fuse the region and accumulate and normalize in FP32; what is rounded is Q, K, V and the weights.
 
-    Cases:
+    Requires: nothing.
+    Ensures: nothing outside the regions has another type. Cases:
     1. MatMul, Softmax, MatMul with at least `least_keys` keys: three casts to BF16 before it, one back after;
     2. fewer keys, a number of keys that is not known, or anything between the three: left alone.
 
@@ -64,20 +67,12 @@ def _retype(graph: ir.Graph, softmax: ir.Node) -> None:
     for node, index in ((scores, 0), (scores, 1), (mixed, 1)):
         value = node.inputs[index]
         assert value is not None
-        cast = _cast(value, ir.DataType.BFLOAT16, f"{node.name}/to_bf16_{index}")
+        cast = cast_node(value, ir.DataType.BFLOAT16, f"{node.name}/to_bf16_{index}")
         graph.insert_before(node, cast)
         node.replace_input_with(index, cast.outputs[0])
     for value in (scores.outputs[0], softmax.outputs[0], mixed.outputs[0]):
         value.dtype = ir.DataType.BFLOAT16
-    back = _cast(mixed.outputs[0], ir.DataType.FLOAT, f"{mixed.name}/to_fp32")
-    for use in list(mixed.outputs[0].uses()):
-        use.node.replace_input_with(use.idx, back.outputs[0])
+    back = cast_node(mixed.outputs[0], ir.DataType.FLOAT, f"{mixed.name}/to_fp32")
+    ir.convenience.replace_all_uses_with(mixed.outputs[0], back.outputs[0])
     back.replace_input_with(0, mixed.outputs[0])
     graph.insert_after(mixed, back)
-
-
-def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
-    node = ir.node("Cast", [value], {"to": int(to)}, name=name)
-    out = node.outputs[0]
-    out.name, out.dtype, out.shape = name, to, value.shape
-    return node

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from sdq_engines.errors import SdqError
-from sdq_engines.lowering.graph import array_of, replace_constant
+from sdq_engines.lowering.graph import array_of, cast_node, replace_constant
 from sdq_engines.lowering.regions import STATE_INPUTS, constant_values, sampler_nodes
 from sdq_engines.package.schema import SIZE_INPUT
 
@@ -187,16 +187,13 @@ class _Typing:
     def cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
         key = (value, to)
         if key not in self.casts:
-            suffix = f"to_{_SUFFIXES[to]}"
-            node = ir.node("Cast", [value], {"to": to}, name=f"{value.name}/{suffix}")
-            output = node.outputs[0]
-            output.name, output.dtype, output.shape = f"{value.name}/{suffix}", to, value.shape
+            node = cast_node(value, to, f"{value.name}/to_{_SUFFIXES[to]}")
             producer = value.producer()
             if producer is not None:
                 self.graph.insert_after(producer, node)
             else:
                 self.graph.insert_before(self.graph[0], node)
-            self.casts[key] = output
+            self.casts[key] = node.outputs[0]
         return self.casts[key]
 
     def match_output(self, value: ir.Value) -> None:

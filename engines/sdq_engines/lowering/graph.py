@@ -18,6 +18,7 @@ __all__ = [
     "QuantizedLayer",
     "apply",
     "array_of",
+    "cast_node",
     "load_graph",
     "quantized_layers",
     "replace_constant",
@@ -72,6 +73,14 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()
+
+
+def cast_node(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    """A Cast of `value` that is in no graph yet; it and its output are called `name`."""
+    node = ir.node("Cast", [value], {"to": to}, name=name)
+    output = node.outputs[0]
+    output.name, output.dtype, output.shape = name, to, value.shape
+    return node
 
 
 def replace_constant(value: ir.Value, array: np.ndarray) -> None:

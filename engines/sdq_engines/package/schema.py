@@ -198,6 +198,11 @@ class Manifest(_Strict):
     """Measured figures: parity per criterion and step, and whatever an evaluation added."""
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the denoiser's weights are integers; w8a8, w4a8 or w4a16."""
+        return self.precision not in ("fp32", "fp16")
+
+    @property
     def bytes_without_engines(self) -> int:
         """Bytes of what ships to every machine: all files but the engines'."""
         return sum(entry.size for name, entry in self.files.items() if not name.startswith(f"{ENGINES}/"))

@@ -70,7 +70,7 @@ def _in_fp32(job: BuildJob) -> list[str]:
     asked, short = job.options.get(FP32_OPTION, ()), job.options.get(BF16_OPTION, ())
     if both := [name for name in asked if name in short]:
         raise SdqError(f"{both[0]} was asked for in FP32 and in BF16.", "Give --fp32 or --bf16.")
-    if DENOISER in short and job.package.manifest.precision.startswith("w"):
+    if DENOISER in short and job.package.manifest.is_quantized:
         raise SdqError(
             "The denoiser's quantization scales lose too much in BF16's 8 bits of precision.",
             "Leave the denoiser out of --bf16; it computes in INT8 and FP16.",
