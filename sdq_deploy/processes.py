@@ -1,12 +1,17 @@
-"""The end of a process that computed together with others."""
+"""Processes that compute together: how long they wait for each other, and how one of them ends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+from datetime import timedelta
 
-__all__ = ["leave"]
+__all__ = ["LONGEST_WAIT", "leave"]
+
+#: How long processes wait for the one that works before they take it for dead: at real size far longer than
+#: torch's default of 10 or 30 minutes.
+LONGEST_WAIT = timedelta(hours=12)
 
 
 def leave(code: int = 0) -> None:

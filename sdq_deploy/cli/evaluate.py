@@ -94,10 +94,12 @@ def evaluate(
     Two runs of one model, on your own prompts: sdq-deploy evaluate ours=RUN theirs=OTHER --prompts prompts.txt
 
     In CI: sdq-deploy evaluate package --fail-below psnr=30,ssim=0.95
+
+    On several GPUs or nodes: accelerate launch --multi_gpu -m sdq_deploy.cli.main evaluate RUN --prompts prompts.txt
     """
     require_extra("train", "torch", "diffusers", "transformers", "torchmetrics", "jinja2")
     from sdq_deploy.evaluation.candidates import find_reference, open_candidates
-    from sdq_deploy.evaluation.evaluate import run_evaluation, scorers_of
+    from sdq_deploy.evaluation.evaluate import join_processes, run_evaluation, scorers_of
     from sdq_deploy.evaluation.gates import check_measured, failures, parse_limits
     from sdq_deploy.evaluation.manifest import write_manifests
     from sdq_deploy.evaluation.output import claim, write_results
@@ -128,12 +130,20 @@ def evaluate(
         )
         scorers = scorers_of(settings)
     check_measured(limits, scorers.names)
-    claim(out)
+    state = join_processes(settings)
+    if state.is_main_process:
+        claim(out)
+    state.wait_for_everyone()
+    progress = new_progress()
+    progress.disable = not state.is_main_process
     try:
-        with new_progress() as progress:
-            results, scores = run_evaluation(settings, scorers, progress)
+        with progress:
+            scored = run_evaluation(settings, scorers, progress, state)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("Run the same command again: finished images are kept.") from interrupt
+    if scored is None:
+        return
+    results, scores = scored
     page = write_results(settings, results, scores)
     written = write_manifests(found, results) if write_manifest else []
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,11 +15,32 @@ from sdq_deploy.evaluation.scoring import Scores, score
 from sdq_deploy.evaluation.settings import EvaluationSettings
 from sdq_deploy.evaluation.store import Shard, shards_of
 from sdq_deploy.evaluation.summary import Measured, summarize
+from sdq_deploy.processes import LONGEST_WAIT
+from sdq_deploy.sharing import await_files
+from sdq_engines.errors import SdqError
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from rich.progress import Progress
 
-__all__ = ["run_evaluation", "scorers_of"]
+__all__ = ["join_processes", "run_evaluation", "scorers_of"]
+
+
+def join_processes(settings: EvaluationSettings) -> PartialState:
+    """This process's place among those that `accelerate launch` started; alone, the first of one.
+
+    Raises:
+        SdqError: several were launched, and each is to start several more.
+    """
+    from accelerate import PartialState
+
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and settings.processes > 1:
+        raise SdqError(
+            f"accelerate launched {launched} processes, and --processes asks each for {settings.processes} more.",
+            "Leave --processes out; accelerate launch --num_processes says how many make images.",
+        )
+    return PartialState(cpu=settings.device == "cpu", timeout=LONGEST_WAIT)
 
 
 def scorers_of(settings: EvaluationSettings) -> Scorers:
@@ -39,27 +61,35 @@ def scorers_of(settings: EvaluationSettings) -> Scorers:
 
 
 def run_evaluation(
-    settings: EvaluationSettings, scorers: Scorers, progress: Progress
-) -> tuple[EvaluationResults, dict[str, Scores]]:
+    settings: EvaluationSettings, scorers: Scorers, progress: Progress, state: PartialState
+) -> tuple[EvaluationResults, dict[str, Scores]] | None:
     """Make images, score them and sum up.
 
     Args:
         settings: what to do.
         scorers: of `scorers_of`.
         progress: a started display.
+        state: of `join_processes`; each process makes its part of every candidate's images.
 
     Returns:
-        The results, and each candidate's scores, image by image, by its name.
+        The results, and each candidate's scores, image by image, by its name; None in all processes but the first,
+        which alone scores.
 
     Raises:
-        SdqError: a candidate does not load or run.
+        SdqError: a candidate does not load or run; another process's images cannot be seen from the first.
     """
     started = time.perf_counter()
-    prompts, everyone = settings.prompts, (settings.reference, *settings.candidates)
-    shards = shards_of(prompts.prompts, prompts.seeds, settings.batch_size, settings.traced)
-    with ImageWorkers(settings.processes) as workers:
+    everyone = (settings.reference, *settings.candidates)  # the others' latents are compared with the reference's
+    shards = shards_of(settings.prompts.prompts, settings.prompts.seeds, settings.batch_size, settings.traced)
+    with state.split_between_processes(shards) as mine, ImageWorkers(settings.processes) as workers:
         for candidate in everyone:
-            _make(settings, workers, candidate, shards, progress)
+            _make(settings, workers, candidate, mine, progress)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    if state.num_processes > 1:
+        stores = [settings.store(candidate) for candidate in everyone]
+        await_files([path for store in stores for shard in shards for path in store.paths(shard)])
     measured = Measured()
     for candidate in everyone:
         measured.scores[candidate.name] = _score(settings, candidate, scorers, progress)
@@ -79,7 +109,7 @@ def _make(
 ) -> None:
     reference = None if candidate is settings.reference else settings.reference
     generation = Generation(settings.images, candidate, reference, settings.sampler, settings.device)
-    task = progress.add_task(f"images, {candidate.name}", total=len(settings.prompts))
+    task = progress.add_task(f"images, {candidate.name}", total=sum(len(shard.prompts) for shard in shards))
     workers.make(generation, shards, lambda count: progress.advance(task, count))
 
 

@@ -77,7 +77,11 @@ class ImageStore:
             return False
         if not isinstance(content, dict) or content.get("fingerprint") != fingerprint:
             return False
-        return all(self.image_path(shard.first + i).is_file() for i in range(len(shard.prompts)))
+        return all(path.is_file() for path in self.paths(shard))
+
+    def paths(self, shard: Shard) -> list[Path]:
+        """What scoring reads of a shard: its images and its marker."""
+        return [*(self.image_path(shard.first + i) for i in range(len(shard.prompts))), self._marker(shard)]
 
     def write(
         self,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdq_deploy.sharing import await_files
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import (
     EMPTY,
@@ -30,7 +31,6 @@ from sdq_deploy.training.dataset import (
 )
 from sdq_deploy.training.guidance import ModelOutputs, guide, predict_outputs
 from sdq_deploy.training.prompts import stable_seed
-from sdq_deploy.training.sharing import await_files
 from sdq_engines.files import atomic_write_json
 from sdq_export.conditioning import Conditioning
 from sdq_export.sampler import run_sampler

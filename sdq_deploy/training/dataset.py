@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdq_deploy.training.sharing import await_files
+from sdq_deploy.sharing import await_files
 from sdq_deploy.training.stored import Prompts, Rows, StoredPrompts, stored_tensors
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sdq_deploy.recipes.schema import Fit, Freezing
+from sdq_deploy.sharing import await_files
 from sdq_deploy.training.batches import Batch, make_source
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.curves import draw_curves
@@ -30,7 +31,6 @@ from sdq_deploy.training.memory import peak_bytes, reset_peak, state_bytes
 from sdq_deploy.training.optimizer import make_optimizer, optimizer_bytes
 from sdq_deploy.training.result import write_result
 from sdq_deploy.training.resume import drop_resume, read_resume, write_resume
-from sdq_deploy.training.sharing import await_files
 from sdq_deploy.training.student import Student, parameter_groups
 from sdq_deploy.training.teacher import fit_teacher
 from sdq_deploy.training.trajectory import trajectory_snr

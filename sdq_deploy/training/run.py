@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from sdq_deploy.libraries import quiet_libraries
 from sdq_deploy.models import resolve_model
+from sdq_deploy.processes import LONGEST_WAIT
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import INDEX
@@ -24,9 +24,6 @@ from sdq_export.source import Source, load_source
 
 __all__ = ["make_accelerator", "read_settings", "recorded_settings", "run_training"]
 
-#: How long processes wait for the one that works before they take it for dead.
-LONGEST_STAGE = timedelta(hours=12)
-
 
 def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Any:
     """accelerate's view of this process's devices, with the recipe's mixed precision.
@@ -39,7 +36,7 @@ def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Any:
     from accelerate.utils import InitProcessGroupKwargs
 
     # Some stages run in the main process while the others wait, at real size longer than the default of 10 minutes.
-    waiting = InitProcessGroupKwargs(timeout=LONGEST_STAGE)
+    waiting = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     _refuse_sharding()
     # A second training of this process may have another precision; the group of processes stays as it is.
     AcceleratorState._reset_state()

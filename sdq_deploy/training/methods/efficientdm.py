@@ -13,11 +13,11 @@ from typing import Any
 from safetensors.torch import load_file
 
 from sdq_deploy.recipes.schema import EfficientDM, Fit
+from sdq_deploy.sharing import await_files
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.fit import FitPlan
 from sdq_deploy.training.methods.adapters import attach_adapters
 from sdq_deploy.training.prompts import stable_seed
-from sdq_deploy.training.sharing import await_files
 from sdq_deploy.training.student import Student
 
 __all__ = ["adapter_groups", "adapter_training", "shared_fit"]

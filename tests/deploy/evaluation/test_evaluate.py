@@ -21,6 +21,7 @@ from PIL import Image
 from sdq_deploy.cli import main
 from sdq_engines.package.store import open_package, read_manifest
 from tests.deploy.evaluation.helpers import pngs, results_in, run_evaluate, write_prompts
+from tests.deploy.launching import finish, launch_nodes
 from tests.deploy.training.helpers import ROOT
 
 
@@ -69,6 +70,37 @@ def test_two_processes_make_what_one_makes(checkpoint: Path, tmp_path: Path) -> 
         assert len(pngs(outs[0], name)) == 7
         assert pngs(outs[0], name) == pngs(outs[1], name)
     assert (outs[0] / "per-image.csv").read_text() == (outs[1] / "per-image.csv").read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nodes launched as on Linux")
+def test_two_launched_nodes_make_what_one_process_makes(checkpoint: Path, tmp_path: Path) -> None:
+    """Each a part of the images, from whatever was there before; one of them scores and prints."""
+    prompts, alone, together = write_prompts(tmp_path, 7), tmp_path / "alone", tmp_path / "together"
+    options = [f"w8a8={checkpoint}", "--prompts", prompts, "--batch-size", 2]
+    assert run_evaluate(*options, "--out", alone) == 0
+    shutil.copytree(alone, together)
+    (together / "results.json").unlink()
+    lost = [together / "images" / name / "00000.png" for name in ("FP", "w8a8")]
+    lost += [together / "images" / name / "00006.png" for name in ("FP", "w8a8")]
+    for image in lost:
+        image.unlink()
+    said = finish(launch_nodes("evaluate", *options, "--out", together, "--cpu"))
+    assert all(image.is_file() for image in lost)
+    one, two = (results_in(out).model_dump(exclude={"seconds"}) for out in (alone, together))
+    assert one == two
+    for name in ("FP", "w8a8"):
+        assert pngs(alone, name) == pngs(together, name)
+    assert ["Look at" in output for output in said] == [True, False]
+
+
+def test_processes_of_launched_processes_are_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = ["--prompts", write_prompts(tmp_path), "--out", tmp_path / "out", "--cpu", "--processes", 2]
+    assert run_evaluate(checkpoint, *options) == 1
+    assert "accelerate launched 2 processes, and --processes asks each for 2 more." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_finished_images_are_not_made_again_and_changed_candidates_are(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sdq_deploy.sharing import await_files
 from sdq_deploy.training.batches import SerialToParallelSource, make_source
 from sdq_deploy.training.dataset import EMPTY, INDEX, load_split, shard_name
 from sdq_deploy.training.memory import peak_bytes, reset_peak
 from sdq_deploy.training.prompts import stable_seed
-from sdq_deploy.training.sharing import await_files
 from sdq_deploy.training.stored import stored_tensors
 from sdq_engines.errors import SdqError
 from tests.deploy.training.helpers import small_context, small_settings

@@ -36,7 +36,7 @@ def await_files(paths: Sequence[Path], patience: float = PATIENCE) -> None:
         raise SdqError(
             f"On {socket.gethostname()}, {len(missing)} files that the other processes have written are not to be "
             f"seen, such as {missing[0]}.",
-            "Every node must see the same run folder: give an --out on a shared file system.",
+            "Every node must see the same folder: give an --out on a shared file system.",
         )
     raise SdqError(
         f"{len(missing)} files of the run are gone, such as {missing[0]}.",
