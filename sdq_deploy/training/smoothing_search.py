@@ -1,12 +1,9 @@
 """Factors of smoothed sites: for each site the migration strength, or none, that its layers' outputs suffer least from.
 
-SmoothQuant (Xiao et al., 2023, equation 4) has one strength for a model:
-
-    f_c = max|X_c|^a / max|W_c|^(1 - a)
-
-A layer with outliers in its input wants a large one, a layer with 4-bit weights a small one, so each site has its own,
-chosen by the squared error of the quantized layers' outputs over the serial dataset, as AWQ (Lin et al., 2024) does for
-weights. No smoothing is one of the candidates.
+SmoothQuant has one strength for a model (its equation is in `sdq_deploy.training.balance`). A layer with outliers in
+its input wants a large one, a layer with 4-bit weights a small one, so each site has its own, chosen by the squared
+error of the quantized layers' outputs over the serial dataset, as AWQ (Lin et al., 2024) does for weights. No smoothing
+is one of the candidates.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq_deploy.recipes.schema import Calibrate
+from sdq_deploy.training.balance import column_peaks, log_balance
 from sdq_deploy.training.dataset import SerialData
 from sdq_deploy.training.guidance import predict_outputs
 from sdq_deploy.training.search import max_scale, search_weight_scale
@@ -126,8 +124,7 @@ def _candidate(
 ) -> _Candidate:
     modules = {layer: denoiser.model.get_submodule(layer) for layer in site.consumers}
     raw = {layer: module.get_parameter("weight").detach().float() for layer, module in modules.items()}
-    columns = torch.stack([weight.abs().flatten(2).amax(2).amax(0) if weight.ndim > 2 else weight.abs().amax(0)
-                           for weight in raw.values()]).amax(0).cpu()  # fmt: skip
+    columns = column_peaks(raw.values()).cpu()
     factors = None if strength is None else smoothing_factors(peaks.amax(dim=0), columns, strength)
     divisor = torch.ones_like(columns) if factors is None else factors
     weights = {}
@@ -140,16 +137,10 @@ def _candidate(
 
 
 def smoothing_factors(peaks: Tensor, columns: Tensor, strength: float) -> Tensor:
-    """SmoothQuant's equation 4, divided by its geometric mean so that weights keep their size.
-
-    Args:
-        peaks: f32 [C], largest magnitudes of the input's channels.
-        columns: f32 [C], largest magnitudes of the weight's columns, over all layers that read the input.
-        strength: 1 evens out the input, 0 the weight.
-    """
-    idle = (peaks == 0) | (columns == 0)  # a channel that is always 0 has nothing to balance
-    logs = strength * peaks.clamp_min(1e-12).log() - (1 - strength) * columns.clamp_min(1e-12).log()
-    logs = torch.where(idle, torch.zeros_like(logs), logs - logs[~idle].mean() if bool((~idle).any()) else logs)
+    """SmoothQuant's factors, divided by their geometric mean so that weights keep their size; see `log_balance`."""
+    logs, live = log_balance(peaks, columns, strength)
+    if bool(live.any()):
+        logs = torch.where(live, logs - logs[live].mean(), logs)
     return logs.exp().clamp(_LEAST, _MOST)
 
 

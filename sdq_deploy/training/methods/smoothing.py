@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdq_deploy.training.balance import column_peaks, log_balance
 from sdq_export.quantspec import QuantSpec
 
 __all__ = ["FoldPoint", "find_fold_points", "fold_factors", "smoothquant_factors"]
@@ -99,7 +100,7 @@ def fold_factors(unet: nn.Module, factors: Mapping[FoldPoint, Tensor]) -> nn.Mod
 def smoothquant_factors(
     unet: nn.Module, points: Sequence[FoldPoint], largest: Mapping[FoldPoint, Tensor], alpha: float
 ) -> dict[FoldPoint, Tensor]:
-    """f_j = max|X_j|^alpha / max|W_j|^(1 - alpha), equation 4 of SmoothQuant; W_j over all readers.
+    """SmoothQuant's factors, one strength for all points; see `log_balance`.
 
     Args:
         unet: floating point.
@@ -109,15 +110,7 @@ def smoothquant_factors(
     """
     factors = {}
     for point in points:
-        weights = torch.cat([_columns(unet.get_parameter(f"{reader}.weight")) for reader in point.readers])
-        heights, peaks = weights.abs().amax(dim=0), largest[point].to(weights)
-        factor = peaks.pow(alpha) / heights.clamp_min(1e-12).pow(1 - alpha)
-        # A channel that is always 0, in the input or the weight, has nothing to balance.
-        idle = (peaks == 0) | (heights == 0)
-        factors[point] = torch.where(idle, torch.ones_like(factor), factor.clamp(_LEAST, _MOST))
+        heights = column_peaks(unet.get_parameter(f"{reader}.weight") for reader in point.readers)
+        logs, _ = log_balance(largest[point].to(heights), heights, alpha)
+        factors[point] = logs.exp().clamp(_LEAST, _MOST)
     return factors
-
-
-def _columns(weight: Tensor) -> Tensor:
-    """[rows, C_in]: whatever multiplies an input channel in its column."""
-    return weight.detach().float().flatten(2).movedim(1, -1).flatten(0, -2) if weight.ndim > 2 else weight.detach()
