@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from sdq_deploy.cli.shared import Interrupted, JsonOption, console, print_json, require_extra
+from sdq_deploy.models import EMBEDDED
 
 __all__ = ["register"]
 
@@ -29,6 +30,9 @@ def demo(
     max_train_steps: Annotated[
         int | None, typer.Option(min=0, help="Fewer steps than the recipe's, for a quick look.")
     ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe value; repeatable.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
     json: JsonOption = False,
 ) -> None:
@@ -40,9 +44,11 @@ def demo(
     from sdq_deploy.cli.main import app
     from sdq_deploy.demo.report import engine_table, variant_table, write_report
     from sdq_deploy.demo.run import DemoSettings, run_demo
+    from sdq_deploy.recipes.load import load_recipe, parse_assignments
     from sdq_engines.build import choose_engine
 
-    # Before minutes of training: every engine is one, and can be built here.
+    # Before minutes of training: every engine is one, and can be built here, and every value is allowed.
+    load_recipe(EMBEDDED, parse_assignments(assignments or []))
     engines = tuple(dict.fromkeys(choose_engine(name) for name in engine or _ENGINES))
 
     def command(arguments: list[str]) -> None:
@@ -54,6 +60,7 @@ def demo(
             sys.stdout = stdout
 
     options = [] if max_train_steps is None else ["--max-train-steps", str(max_train_steps)]
+    options += [word for assignment in assignments or [] for word in ("--set", assignment)]
     settings = DemoSettings(
         out=out,
         engines=engines,

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo"
+    small = ["--images", "16", "--max-train-steps", "8", "--set", "collect.num_prompts=32"]
     with pytest.raises(SystemExit) as exit_:
-        main.run(["demo", "--out", str(out), "--images", "16", "--max-train-steps", "8"])
+        main.run(["demo", "--out", str(out), *small])
     assert exit_.value.code == 0
     return out
 
