@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from sdq_engines.package.store import Package
 from sdq_engines.process import how_it_died
 from sdq_engines.sizes import check_sizes
 
-__all__ = ["Progress", "build_engine", "choose_engine"]
+__all__ = ["Progress", "build_engine", "check_options", "choose_engine"]
 
 #: Called with the component and what is being done to it, when that changes.
 Progress = Callable[[str, str], None]
@@ -80,7 +80,7 @@ def build_engine(
 
     Raises:
         SdqError: unknown engine, its library is missing, the builder refused or crashed (with the end of its log), or
-            the package cannot be written. The package is then as it was.
+            the package cannot be written; an option that this engine does not have. The package is then as it was.
     """
     engine = choose_engine(engine)
     profile = profile or ShapeProfile()
@@ -90,6 +90,7 @@ def build_engine(
             "Give --batch-min <= --batch-opt <= --batch-max.",
         )
     check_sizes(package, profile)
+    check_options(options or {}, [engine])
     with _staging(package) as folder:
         job = {
             "package": str(package.folder.resolve()),
@@ -100,6 +101,21 @@ def build_engine(
         atomic_write_json(folder / "job.json", job)
         result = _run_child(folder, engine, on_progress)
         return _adopt(package, engine, profile, result, folder / "out")
+
+
+def check_options(options: Mapping[str, Any], engines: Sequence[str]) -> None:
+    """Refuse an option that none of these engines honours.
+
+    Raises:
+        SdqError: there is one; it would have changed nothing.
+    """
+    honoured = {option for engine in engines for option in backend(engine).build_options}
+    for option in options:
+        if option not in honoured:
+            raise SdqError(
+                f"--{option} changes nothing for {' and '.join(engines)}, which cannot choose to compute so.",
+                f"Leave --{option} out.",
+            )
 
 
 @contextlib.contextmanager

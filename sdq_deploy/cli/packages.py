@@ -143,8 +143,8 @@ def build(
 
     Example: sdq-deploy build package --engine tensorrt-rtx --batch-max 4 --size 512x512 --size 768x512
     """
-    from sdq_engines.backends.registry import check_engine_name
-    from sdq_engines.build import choose_engine
+    from sdq_engines.backends.registry import backend, check_engine_name
+    from sdq_engines.build import check_options, choose_engine
     from sdq_engines.package.schema import ShapeProfile
     from sdq_engines.package.store import open_package
     from sdq_engines.sizes import parse_size, profile_of_sizes
@@ -157,8 +157,10 @@ def build(
     profile = ShapeProfile(batch_min=batch_min, batch_opt=batch_opt, batch_max=batch_max)
     profile = profile_of_sizes(profile, [parse_size(text) for text in size or []])
     options = {name: value for name, value in (("fp32", fp32), ("bf16", bf16)) if value}
+    check_options(options, names)
     for name in names:
-        checked = _build_one(checked, name, profile, options)
+        honoured = {option: value for option, value in options.items() if option in backend(name).build_options}
+        checked = _build_one(checked, name, profile, honoured)
         if not json:
             print_engine(name, checked.manifest.engines[name].model_dump())
     if json:

@@ -58,6 +58,8 @@ def test_names_that_are_not(refused: Callable[..., str], copy: Package, tmp_path
     assert "no engine 'opnvino'" in refused("run", copy.folder, "a prompt", "--engine", "opnvino")
     assert "no component 'vae'" in refused("build", copy.folder, "--engine", "openvino", "--fp32", "vae")
     assert "no component 'vae'" in refused("build", copy.folder, "--engine", "openvino", "--bf16", "vae")
+    said = refused("build", copy.folder, "--engine", "openvino", "--engine", "onnxruntime", "--bf16", "vae_decoder")
+    assert "--bf16 changes nothing for openvino and onnxruntime" in said
     assert "no engine 'tensorrt'" in refused("run", copy.folder, "a prompt", "--engine", "tensorrt")
     refused("run", copy.folder, "a prompt", "--verify", "never", code=2)
     refused("run", copy.folder, code=2)

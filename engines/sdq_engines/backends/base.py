@@ -131,6 +131,9 @@ class Backend(Protocol):
 
     name: str
 
+    build_options: tuple[str, ...]
+    """Which of the options of `sdq_engines.build.build_engine` it honours."""
+
     def available(self) -> Availability:
         """Whether it works here; never raises, imports the backend's library."""
         ...

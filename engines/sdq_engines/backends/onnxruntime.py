@@ -45,6 +45,7 @@ class OnnxRuntimeBackend:
     """See the module. Load options: `providers`, as `onnxruntime.InferenceSession` takes them, and `threads`."""
 
     name = "onnxruntime"
+    build_options: tuple[str, ...] = ()
 
     def available(self) -> Availability:
         hint = "pip install 'sdq-deploy[cpu]' (or [gpu] for the CUDA provider)"

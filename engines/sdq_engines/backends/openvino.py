@@ -57,6 +57,7 @@ class OpenVinoBackend:
     """See the module. Load option: `threads`."""
 
     name = "openvino"
+    build_options: tuple[str, ...] = (FP32_OPTION,)
 
     def available(self) -> Availability:
         hint = "pip install 'sdq-deploy[cpu]'"
