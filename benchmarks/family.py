@@ -49,12 +49,12 @@ from sdq_export.checkpoint import (
 from sdq_export.components import make_denoiser, make_reference
 from sdq_export.denoiser import DenoiserGraphs
 from sdq_export.integer_storage import prologue_layers, round_to_integers_
+from sdq_export.package_manifest import sampler_info
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import source_info, tool_versions
 from sdq_export.sampler import SamplerPlan, compile_sampler
 from sdq_export.sites import find_sites
 from sdq_export.source import Source, load_source
-from sdq_export.writer import sampler_info
 
 STEPS, GUIDANCE = 20, 5.0
 STAGES = ("export", "tensorrt-rtx")

@@ -34,7 +34,8 @@ class Bf16Attention(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         # Of a package of free sizes, the passes before leave inner values without a shape.
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        if any(node.op_type == "Softmax" and node.outputs[0].shape is None for node in model.graph):
+            common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
         found = [node for node in model.graph if self._is_long(node)]
         for softmax in found:
             _retype(model.graph, softmax)

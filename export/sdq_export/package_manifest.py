@@ -1,0 +1,79 @@
+"""What an export says of a package: its manifest, but for the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sdq_engines.package.layout import model_file
+from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
+from sdq_export.checkpoint import QuantizedCheckpoint
+from sdq_export.components import Components
+from sdq_export.parity import ParityReport
+from sdq_export.passes.prologue import prologue_names
+from sdq_export.provenance import source_info, tool_versions
+from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.source import Source
+from sdq_export.storage import Dtype
+from sdq_export.tokenizer import text_info
+
+__all__ = ["free_size_of", "make_manifest", "sampler_info"]
+
+
+def make_manifest(
+    folder: Path,
+    source: Source,
+    plan: SamplerPlan,
+    guidance_scale: float,
+    checkpoint: QuantizedCheckpoint | None,
+    dtype: Dtype,
+    components: Components,
+    report: ParityReport,
+    free_size: Mapping[str, int],
+) -> Manifest:
+    family = source.family
+    return Manifest(
+        name=folder.resolve().name,
+        family=family.name,
+        precision=checkpoint.spec.precision if checkpoint else dtype,
+        io=ModelIO(
+            latent_shape=family.latent_shape(source),
+            image_size=family.image_size(source),
+            prologue_inputs=[value.name or "" for value in components.denoiser.prologue.graph.inputs],
+            prologue_outputs=prologue_names(components.denoiser.prologue),
+            force_zeros_for_empty_prompt=family.zeros_for_no_prompt(source),
+            **free_size,
+            extra_channels=family.extra_channels(source.skeleton),
+        ),
+        text=[text_info(source, encoder) for encoder in family.text_encoders],
+        sampler=sampler_info(plan, guidance_scale),
+        source=source_info(source, checkpoint),
+        components={name: model_file(name) for name in components.by_name()},
+        full_precision=[name for name in family.full_precision(source) if name in components.by_name()],
+        tools=tool_versions(),
+        files={},
+        fidelity={"parity": report.to_manifest()},
+    )
+
+
+def free_size_of(source: Source) -> dict[str, int]:
+    """What the manifest says of a free size, in pixels."""
+    family, pixels = source.family, source.family.pixels_per_latent(source)
+    limit = family.latent_limit(source.skeleton)
+    found = {"size_multiple": family.latent_multiple(source.skeleton) * pixels}
+    return found if limit is None else {**found, "size_limit": limit * pixels}
+
+
+def sampler_info(plan: SamplerPlan, guidance_scale: float) -> SamplerInfo:
+    """The manifest's record of a sampler; `guidance_scale` is the package's default."""
+    return SamplerInfo(
+        scheduler=plan.scheduler,
+        config=plan.config,
+        prediction_type=str(plan.config.get("prediction_type", "epsilon")),
+        num_inference_steps=plan.num_inference_steps,
+        num_calls=plan.calls,
+        history=plan.history,
+        stochastic=plan.stochastic,
+        guidance_scale=guidance_scale,
+        order=plan.order,
+    )
