@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of rows")
     parser.add_argument("--processes", type=int, default=2, help="rows trained, and images made, at once")
     parser.add_argument("--docs", type=Path, help="put the tables in their place in this Markdown file")
+    parser.add_argument("--place", help="its name there; TABLE-PRECISION if not given")
     arguments = parser.parse_args()
     # rows that train beside each other share the cores: more threads than cores wait for one another
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.processes))
@@ -218,7 +219,7 @@ def main() -> None:
         text = f"{table(results, runs)}\n\n{differences(results, next(iter(runs)))}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     if arguments.docs is not None:
-        insert(arguments.docs, f"{arguments.table}-{arguments.precision}", text)
+        insert(arguments.docs, arguments.place or f"{arguments.table}-{arguments.precision}", text)
     print(text)
 
 
