@@ -11,20 +11,17 @@ reference is the floating-point model's package, FP32, likewise.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fidelity import insert
+from fidelity import insert, percent, sdq, spread
 from numpy.typing import NDArray
 from rich.progress import track
 
 from sdq_deploy.evaluation.grids import comparison_grid
-from sdq_deploy.evaluation.metrics import Fidelity, compare_images
-from sdq_deploy.evaluation.statistics import Interval, frechet_interval, mean_interval
+from sdq_deploy.evaluation.metrics import compare_images
+from sdq_deploy.evaluation.statistics import frechet_interval, mean_interval
 from sdq_deploy.shapes64 import CaptionSeed, held_out_pairs, render
 from sdq_deploy.shapes64.classifier import caption_accuracy, features
 from sdq_engines import Pipeline
@@ -36,32 +33,10 @@ STRENGTH = 0.7
 BATCH = 8
 
 
-@dataclass(frozen=True)
-class Edited:
-    """What one package made of all pictures."""
-
-    images: Images
-    right: NDArray[np.bool_]
-    fidelity: Fidelity
-    frechet: Interval
-
-
 def package_of(run: str, folder: Path, *options: str) -> Path:
     """Export a run, or a model, for OpenVINO, unless that is done."""
     if not (folder / "manifest.json").is_file() or "openvino" not in read_manifest(folder).engines:
-        command = [
-            "export",
-            run,
-            "--out",
-            str(folder),
-            "--engine",
-            "openvino",
-            "--batch",
-            f"1,{BATCH},{BATCH}",
-            *options,
-        ]
-        print("$ sdq-deploy", *command, flush=True)
-        subprocess.run([sys.executable, "-m", "sdq_deploy.cli.main", *command], check=True)
+        sdq(["export", run, "--out", str(folder), "--engine", "openvino", "--batch", f"1,{BATCH},{BATCH}", *options])
     return folder
 
 
@@ -81,17 +56,21 @@ def edit(package: Path, originals: Sequence[Images], wanted: Sequence[CaptionSee
     return np.stack(made)
 
 
-def row(name: str, found: Edited) -> str:
-    psnr, right = mean_interval(found.fidelity.psnr), mean_interval(found.right.astype(np.float64))
-    lost = mean_interval(1 - found.fidelity.ssim)
-    cells = [f"{psnr.value:.1f} ({psnr.low:.1f} … {psnr.high:.1f})"]
-    cells += [f"{lost.value:.4f} ({lost.low:.4f} … {lost.high:.4f})"]
-    cells += [f"{found.frechet.value:.3f} ({found.frechet.low:.3f} … {found.frechet.high:.3f})"]
-    return f"| {name} | {' | '.join(cells)} | {percent(right)} |"
+def row(name: str, images: Images, truth: Images, wanted: Sequence[CaptionSeed]) -> str:
+    """One line of the table: what a package made, against what the floating-point model's made."""
+    fidelity = compare_images(images, truth)
+    cells = [
+        spread(vars(mean_interval(fidelity.psnr)), 1),
+        spread(vars(mean_interval(1 - fidelity.ssim)), 4),
+        spread(vars(frechet_interval(features(images), features(truth))), 3),
+        captions_right(images, wanted),
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
-def percent(value: Interval) -> str:
-    return f"{100 * value.value:.1f} % ({100 * value.low:.1f} … {100 * value.high:.1f})"
+def captions_right(images: Images, wanted: Sequence[CaptionSeed]) -> str:
+    right = caption_accuracy(images, [pair.scene for pair in wanted])
+    return percent(vars(mean_interval(right.astype(np.float64))))
 
 
 def main() -> None:
@@ -107,23 +86,15 @@ def main() -> None:
     pairs = held_out_pairs(arguments.images + 1)
     originals = [render(pair.scene) for pair in pairs[:-1]]  # of one caption, to be changed after the next
     wanted = pairs[1:]
-    scenes = [pair.scene for pair in wanted]
     sampler = ["--dtype", "fp32", "--scheduler", "ddim", "--num-inference-steps", "20", "--guidance-scale", "3"]
     truth = edit(package_of("shapes-64", folder / "packages" / "FP", *sampler), originals, wanted)
-    truth_features = features(truth)
 
     lines = ["| | PSNR, dB | 1 − SSIM | feature FID to FP | captions right |", "|---|---|---|---|---|"]
-    lines.append(f"| FP | – | – | – | {percent(mean_interval(caption_accuracy(truth, scenes).astype(np.float64)))} |")
+    lines.append(f"| FP | – | – | – | {captions_right(truth, wanted)} |")
     shown = {"given": np.stack(originals[:8]), "FP": truth[:8]}
     for name in arguments.only:
         images = edit(package_of(str(folder / "runs" / name), folder / "packages" / name), originals, wanted)
-        found = Edited(
-            images=images,
-            right=caption_accuracy(images, scenes),
-            fidelity=compare_images(images, truth),
-            frechet=frechet_interval(features(images), truth_features),
-        )
-        lines.append(row(name, found))
+        lines.append(row(name, images, truth, wanted))
         shown[name] = images[:8]
     text = "\n".join(lines) + "\n"
     (folder / "editing.md").write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """Every method at the same sites, bits and data: how near its images stay to the floating-point model's.
 
-    python benchmarks/fidelity.py build/fidelity --docs docs/fidelity.md    # about an hour on two cores
+    python benchmarks/fidelity.py build/fidelity --docs docs/fidelity.md    # about an hour and a half on two cores
     python benchmarks/fidelity.py build/fidelity --table ablation --images 512 --seeds 3
 
 Trains each row on shapes-64 with the serial dataset of the first, then runs `sdq-deploy evaluate` on all of them over
