@@ -12,8 +12,8 @@ __all__ = ["column_peaks", "log_balance"]
 
 def column_peaks(weights: Iterable[Tensor]) -> Tensor:
     """The largest magnitude that each input channel is multiplied with, f32 [C_in], of weights [C_out, C_in, ...]."""
-    return torch.stack([weight.detach().float().abs().flatten(2).amax((0, 2)) if weight.ndim > 2
-                        else weight.detach().float().abs().amax(0) for weight in weights]).amax(0)  # fmt: skip
+    peaks = [weight.detach().float().abs().amax(dim=(0, *range(2, weight.ndim))) for weight in weights]
+    return torch.stack(peaks).amax(0)
 
 
 def log_balance(peaks: Tensor, columns: Tensor, strength: float) -> tuple[Tensor, Tensor]:
