@@ -113,8 +113,8 @@ def check_options(options: Mapping[str, Any], engines: Sequence[str]) -> None:
     for option in options:
         if option not in honoured:
             raise SdqError(
-                f"--{option} changes nothing for {' and '.join(engines)}, which cannot choose to compute so.",
-                f"Leave --{option} out.",
+                f"--{option} changes nothing for {' and '.join(engines)}.",
+                f"Leave --{option} out, or name an engine that honours it.",
             )
 
 
