@@ -81,7 +81,9 @@ def run_evaluation(
     started = time.perf_counter()
     everyone = (settings.reference, *settings.candidates)  # the others' latents are compared with the reference's
     shards = shards_of(settings.prompts.prompts, settings.prompts.seeds, settings.batch_size, settings.traced)
-    with state.split_between_processes(shards) as mine, ImageWorkers(settings.processes) as workers:
+    # in turns: what a longer evaluation adds to a shorter one is at the end
+    mine = shards[state.process_index :: state.num_processes]
+    with ImageWorkers(settings.processes) as workers:
         for candidate in everyone:
             _make(settings, workers, candidate, mine, progress)
     state.wait_for_everyone()
