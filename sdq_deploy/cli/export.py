@@ -236,7 +236,7 @@ def _open_model(model: str, revision: str | None, scheduler: str | None, steps: 
     own = source.scheduler
     made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
     plan = compile_sampler(made, source.family.default_steps if steps is None else steps)
-    return _Job(source, plan, source.family.default_guidance, None)
+    return _Job(source, plan, source.family.guidance(source), None)
 
 
 @contextmanager

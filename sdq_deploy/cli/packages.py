@@ -49,6 +49,30 @@ def run(
     engine: _EngineOption = "auto",
     seed: Annotated[int | None, typer.Option(help="Image i starts from seed + i; random if not given.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
+    prompt_2: Annotated[
+        str | None,
+        typer.Option("--prompt-2", help="What a second text encoder reads in place of the prompt.", show_default=False),
+    ] = None,
+    prompt_3: Annotated[
+        str | None,
+        typer.Option("--prompt-3", help="What a third text encoder reads in place of the prompt.", show_default=False),
+    ] = None,
+    negative_prompt_2: Annotated[
+        str | None,
+        typer.Option("--negative-prompt-2", help="Likewise, in place of --negative-prompt.", show_default=False),
+    ] = None,
+    negative_prompt_3: Annotated[
+        str | None,
+        typer.Option("--negative-prompt-3", help="Likewise, in place of --negative-prompt.", show_default=False),
+    ] = None,
+    weighting: Annotated[
+        str | None,
+        typer.Option(
+            help="a1111: read weights in prompts, (word:1.2), as AUTOMATIC1111's web UI does. "
+            "If not given, a prompt is taken literally.",
+            show_default=False,
+        ),
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="The package's own if not given.")] = None,
     num_images_per_prompt: Annotated[int, typer.Option("--num-images-per-prompt", "-n", min=1)] = 1,
     image: Annotated[
@@ -60,7 +84,10 @@ def run(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="How much of --image to repaint, above 0 to 1; 0.8 if not given, with --mask 1."),
+        typer.Option(
+            help="How much of --image to repaint, above 0 to 1. If not given, what diffusers' pipeline takes: without "
+            "and with a mask 0.8 and 1 (Stable Diffusion 1 and 2), 0.3 and 0.9999 (XL), 0.6 and 0.6 (3)."
+        ),
     ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels, as the engine was built for.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels, as the engine was built for.")] = None,
@@ -85,6 +112,11 @@ def run(
         result = pipeline(
             prompt,
             negative_prompt=negative_prompt,
+            prompt_2=prompt_2,
+            prompt_3=prompt_3,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_3=negative_prompt_3,
+            prompt_weighting=weighting,
             seed=seed,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,

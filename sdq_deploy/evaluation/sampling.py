@@ -12,9 +12,6 @@ from sdq_export.source import load_source
 
 __all__ = ["agree_on_sampler"]
 
-_DEFAULT_STEPS, _DEFAULT_GUIDANCE = 50, 7.5
-"""diffusers' own, for MODELs alone."""
-
 
 def agree_on_sampler(
     candidates: Sequence[Candidate],
@@ -84,12 +81,13 @@ def _model_sampler(
 ) -> SamplerSettings:
     from sdq_export.sampler import compile_sampler, make_scheduler
 
-    own = load_source(resolve_model(reference.path), reference.source.revision).scheduler
+    source = load_source(resolve_model(reference.path), reference.source.revision)
+    own, family = source.scheduler, source.family
     made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
-    plan = compile_sampler(made, _DEFAULT_STEPS if steps is None else steps)
+    plan = compile_sampler(made, family.default_steps if steps is None else steps)
     return SamplerSettings(
         scheduler=plan.scheduler,
         config=plan.config,
         num_inference_steps=plan.num_inference_steps,
-        guidance_scale=_DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
+        guidance_scale=family.guidance(source) if guidance_scale is None else guidance_scale,
     )

@@ -140,14 +140,27 @@ def other_family(
 
 
 @pytest.mark.parametrize(
-    ("masks", "strength"), [(None, 0.3), (None, 0.75), ([mask(), mask().rotate(90)], 0.6), ([mask(), mask()], 1.0)]
+    ("masks", "strength"),
+    [
+        (None, 0.3),
+        (None, 0.75),
+        (None, None),
+        ([mask(), mask().rotate(90)], 0.6),
+        ([mask(), mask()], 1.0),
+        ([mask(), mask()], None),
+    ],
 )
 def test_other_families_start_from_images(
-    other_family: tuple[Source, Pipeline], masks: list[Image.Image] | None, strength: float
+    other_family: tuple[Source, Pipeline], masks: list[Image.Image] | None, strength: float | None
 ) -> None:
-    """Stable Diffusion 3 makes 3 of 8 steps at strength 0.3, the others 2; and its latents are shifted."""
+    """Stable Diffusion 3 makes 3 of 8 steps at strength 0.3, the others 2; and its latents are shifted.
+
+    Without a strength each takes its family's own.
+    """
     source, pipeline = other_family
-    options = {"image": [picture(1), picture(2)], "strength": strength} | ({"mask_image": masks} if masks else {})
+    options: dict[str, Any] = {"image": [picture(1), picture(2)]}
+    options |= {"mask_image": masks} if masks else {}
+    options |= {} if strength is None else {"strength": strength}
     stem = source.family.pipeline.removesuffix("Pipeline")
     wanted = by_diffusers(source, None, f"{stem}{'Inpaint' if masks else 'Img2Img'}Pipeline", **options)
     require_equal(ours(pipeline, **options), wanted)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from sdq_engines.package.schema import CallDefaults
 from sdq_export.conditioning import Conditioning
 from sdq_export.step_state import StepState
 
@@ -97,6 +98,8 @@ class Family(ABC):
         text_encoders: in the order in which the pipeline joins their outputs.
         recipe: the recipe that a training takes by default.
         default_steps, default_guidance: the pipeline's own, for a model exported without saying otherwise.
+        inpainting_guidance: `default_guidance` of the inpainting pipeline, where that has another.
+        call_defaults: what calls of its image-to-image and inpainting pipelines take.
         blocks: classes of the blocks that block reconstruction optimizes at once.
     """
 
@@ -109,6 +112,8 @@ class Family(ABC):
     recipe: ClassVar[str]
     default_steps: ClassVar[int]
     default_guidance: ClassVar[float]
+    inpainting_guidance: ClassVar[float | None] = None
+    call_defaults: ClassVar[CallDefaults]
     blocks: ClassVar[tuple[str, ...]]
 
     # The checkpoint
@@ -121,6 +126,11 @@ class Family(ABC):
     def fits(self, folder: Path, index: Mapping[str, Any]) -> bool:
         """Whether the checkpoint in this folder, of this model_index.json, is of the family."""
         return index.get("_class_name") in self.pipelines
+
+    def guidance(self, source: Source) -> float:
+        """What the pipeline that the checkpoint names guides by, where the caller names nothing."""
+        inpaints = source.index.get("_class_name") == self.inpainting_pipeline
+        return self.inpainting_guidance if inpaints and self.inpainting_guidance else self.default_guidance
 
     @abstractmethod
     def check_source(self, source: Source) -> None:

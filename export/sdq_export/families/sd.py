@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
+from sdq_engines.package.schema import CallDefaults
 from sdq_export.conditioning import TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
 from sdq_export.families.text import LastHiddenState
@@ -51,6 +52,7 @@ class StableDiffusion(Family):
     text_encoders = (TextEncoder("text_encoder", "tokenizer", (TEXT_INPUT,), LastHiddenState),)
     recipe = "sd"
     default_steps, default_guidance = 50, 7.5
+    call_defaults = CallDefaults(image_strength=0.8, inpaint_strength=1.0)
     blocks = BLOCKS
 
     def check_source(self, source: Source) -> None:

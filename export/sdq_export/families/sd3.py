@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
+from sdq_engines.package.schema import CallDefaults
 from sdq_export.capture import FreeSize, capture
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
@@ -63,6 +64,7 @@ class StableDiffusion3(Family):
     text_encoders = _CLIPS
     recipe = "sd3"
     default_steps, default_guidance = 28, 7.0
+    call_defaults = CallDefaults(image_strength=0.6, inpaint_strength=0.6)
     blocks = ("JointTransformerBlock",)
 
     def fits(self, folder: Path, index: Mapping[str, Any]) -> bool:

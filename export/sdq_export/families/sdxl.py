@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import VAE_DECODER, VAE_ENCODER
-from sdq_engines.package.schema import SIZE_INPUT
+from sdq_engines.package.schema import SIZE_INPUT, CallDefaults
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
 from sdq_export.families.text import PenultimateAndPooled, PenultimateHiddenState
@@ -64,6 +64,8 @@ class StableDiffusionXL(Family):
     )
     recipe = "sdxl"
     default_steps, default_guidance = 50, 5.0
+    inpainting_guidance = 7.5
+    call_defaults = CallDefaults(image_strength=0.3, inpaint_strength=0.9999)
     blocks = BLOCKS
 
     def check_source(self, source: Source) -> None:
