@@ -20,6 +20,7 @@ from torch import Tensor
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write, atomic_write_text
 from sdq_export.quantspec import QuantSpec, WeightSite, grid_limits
+from sdq_export.text_settings import TextSettings
 
 __all__ = [
     "CHECKPOINT_FOLDER",
@@ -69,6 +70,8 @@ class CheckpointInfo(_Strict):
     spec: QuantSpec
     sampler: SamplerSettings
     source: SourceRef
+    text: TextSettings = TextSettings()
+    """How prompts were read in training."""
     notes: dict[str, Any] = Field(default_factory=dict)
     """What training measured: recipe, trajectory error at the start and at the best state, times."""
 

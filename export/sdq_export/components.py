@@ -141,11 +141,11 @@ def make_text_encoder(
     source: Source, encoder: TextEncoder, dtype: Dtype, integers: IntegerDtype | None = None
 ) -> tuple[ir.Model, nn.Module]:
     """A text encoder's graph, and the torch module that it equals."""
-    module = encoder.wrap(_stored(source, encoder.component, dtype, integers))
+    module = encoder.module(source, _stored(source, encoder.component, dtype, integers))
     example = torch.zeros(2, encoder.length(source), dtype=torch.int64)
     captured = _capture_once(
-        (source.folder, source.sha256, encoder.component, dtype, integers),
-        lambda: capture(module, {"input_ids": example}, batched=["input_ids"], outputs=encoder.outputs),
+        (source.folder, source.sha256, encoder.component, dtype, integers, source.text, source.embeddings),
+        lambda: capture(module, {"input_ids": example}, batched=["input_ids"], outputs=encoder.output_names(source)),
     )
     return _finished(captured, dtype, integers), module
 
@@ -176,8 +176,9 @@ def make_vae_encoder(
 
 
 def _tokens(source: Source) -> int:
-    """L of the first text encoder."""
-    return source.family.text_encoders[0].length(source)
+    """Tokens of a prompt for the first text encoder, all chunks."""
+    encoder = source.family.text_encoders[0]
+    return encoder.chunks(source) * encoder.length(source)
 
 
 def _architecture(source: Source) -> tuple[Hashable, ...]:

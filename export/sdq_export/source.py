@@ -6,16 +6,19 @@ import copy
 import hashlib
 import importlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import sha256_file
+from sdq_export.embeddings import Embedding, check_embeddings, learn
 from sdq_export.inpainting import remember_whole_mask
 from sdq_export.quantspec import QuantSpec
 from sdq_export.shortcuts import split_shortcuts
 from sdq_export.skeleton import load_skeleton
+from sdq_export.text_settings import TextSettings
 
 if TYPE_CHECKING:
     from sdq_export.families import Family
@@ -46,6 +49,8 @@ class Source:
     def __init__(self, folder: Path, model: str, revision: str | None) -> None:
         self.folder, self.model, self.revision = folder, model, revision
         self.splits_shortcuts = False
+        self.text = TextSettings()
+        self.embeddings: tuple[Embedding, ...] = ()
         self.index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         self.family = _family(folder, model, self.index)
         self._parts: dict[str, Any] = {}
@@ -76,6 +81,7 @@ class Source:
         if name not in self._parts:
             loader = self._kind(name)
             self._parts[name] = self._model(loader, name) if name in self.weighted_parts else self._plain(loader, name)
+            learn(self, name, self._parts[name])
             if name == self.family.denoiser:
                 if self.family.extra_channels(self._parts[name]):
                     remember_whole_mask(self._parts[name], self.vae)
@@ -118,6 +124,22 @@ class Source:
         split.__dict__.pop("skeleton", None)
         _ = split.skeleton  # refuses what is no UNet
         return split
+
+    def with_text(self, text: TextSettings, embeddings: Sequence[Embedding] = ()) -> Source:
+        """This checkpoint with prompts read as `text` says, and `embeddings` in its tokenizers and text encoders.
+
+        Raises:
+            SdqError: an embedding does not fit.
+        """
+        told = copy.copy(self)
+        told.text, told.embeddings = text, (*self.embeddings, *embeddings)
+        told._parts = dict(self._parts)
+        if embeddings:
+            for encoder in self.family.text_encoders:
+                for part in (encoder.component, encoder.tokenizer):
+                    told._parts.pop(part, None)
+            check_embeddings(told)
+        return told
 
     def for_spec(self, spec: QuantSpec | None) -> Source:
         """This checkpoint with the layers that the sites of `spec` name."""

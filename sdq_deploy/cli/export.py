@@ -89,6 +89,32 @@ def export(
             help="Of the engines, with --dynamic-size. Repeatable: from the least to the most, tuned for the first.",
         ),
     ] = None,
+    prompt_chunks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Take prompts of up to N chunks of 75 tokens; every image then costs the attention to all N. "
+            "If not given, one chunk, or as many as the RUN was trained with.",
+            show_default=False,
+        ),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Leave out the last N layers of the CLIP text encoders, as diffusers' clip_skip. "
+            "If not given, none, or as many as the RUN was trained with.",
+            show_default=False,
+        ),
+    ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="A textual inversion (.safetensors) that prompts name NAME; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of a MODEL on the hub.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -122,12 +148,13 @@ def export(
         if _is_run(source)
         else _open_model(source, revision, scheduler, num_inference_steps)
     )
+    source_told = _with_text(job, prompt_chunks, clip_skip, embedding or [])
     with _stages() as on_stage:
         from sdq_export.provenance import what_is_missing
         from sdq_export.writer import export_package
 
         result = export_package(
-            job.source,
+            source_told,
             out,
             job.plan,
             job.guidance_scale if guidance_scale is None else guidance_scale,
@@ -212,6 +239,20 @@ def _open_run(run: str, scheduler: str | None, steps: int | None, dtype: str) ->
     made = getattr(diffusers, settings.scheduler).from_config(settings.config)
     plan = compile_sampler(made, settings.num_inference_steps)
     return _Job(source, plan, settings.guidance_scale, checkpoint)
+
+
+def _with_text(job: _Job, prompt_chunks: int | None, clip_skip: int | None, embeddings: list[str]) -> Source:
+    """The source, its prompts read as the options say, else as they were in training.
+
+    Raises:
+        SdqError: a number out of range, an embedding that does not fit, another clip_skip than the training's.
+    """
+    from sdq_export.embeddings import parse_embedding
+    from sdq_export.text_settings import text_settings
+
+    trained = job.checkpoint.info.text if job.checkpoint else None
+    text = text_settings(trained, prompt_chunks, clip_skip)
+    return job.source.with_text(text, [parse_embedding(each) for each in embeddings])
 
 
 def _require_same_sampler(trained: str, trained_steps: int, scheduler: str | None, steps: int | None) -> None:

@@ -88,6 +88,8 @@ class TextInfo(_Strict):
     """How many chunks a prompt is padded or cut to."""
     clip_skip: int = Field(default=0, ge=0)
     """Layers at the encoder's end that prompts are not passed through; negative prompts are, as in diffusers."""
+    joins_vectors: bool = False
+    """Whether a textual inversion's name stands for all its vectors, the tokens name, name_1, ... of the tokenizer."""
     pad_token_id: int
     bos_token_id: int
     eos_token_id: int

@@ -83,7 +83,7 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-        self._vectors = _vectors(added)
+        self._vectors = _vectors(added) if info.joins_vectors else {}
         self._first = {added[name]: len(names) for name, names in self._vectors.items()}
 
     def encode(self, prompt: str, weighted: bool = False, warn: bool = True) -> Tokens:

@@ -166,7 +166,10 @@ class StableDiffusion3WithT5(StableDiffusion3):
         "text_encoder_3": "transformers.T5EncoderModel",
         "tokenizer_3": "transformers.T5TokenizerFast",
     }
-    text_encoders = (*_CLIPS, TextEncoder("text_encoder_3", "tokenizer_3", (T5_INPUT,), LastHiddenState, T5_TOKENS))
+    text_encoders = (
+        *_CLIPS,
+        TextEncoder("text_encoder_3", "tokenizer_3", (T5_INPUT,), LastHiddenState, T5_TOKENS, clip=False),
+    )
 
     def fits(self, folder: Path, index: Mapping[str, Any]) -> bool:
         return Family.fits(self, folder, index) and _has_t5(folder, index)
