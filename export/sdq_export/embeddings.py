@@ -7,6 +7,8 @@ the tokens name, name_1, name_2, ... in the tokenizer, as there; prompts name th
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from sdq_engines.errors import SdqError
 if TYPE_CHECKING:
     from sdq_export.source import Source
 
-__all__ = ["Embedding", "check_embeddings", "learn", "parse_embedding", "read_embedding"]
+__all__ = ["Embedding", "check_embeddings", "learn", "packed", "parse_embedding", "read_embedding", "unpacked"]
 
 #: Keys of files with vectors for several text encoders: kohya's, and those of diffusers' trainers.
 _OF_ENCODERS = {
@@ -157,6 +159,38 @@ def _add_names(tokenizer: Any, embedding: Embedding) -> None:
     tokenizer.add_tokens(embedding.tokens)
 
 
+def packed(embeddings: Sequence[Embedding]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All of them as the tensors and the notes of one safetensors file; `unpacked` reads it."""
+    tensors: dict[str, Tensor] = {}
+    notes: dict[str, str] = {}
+    for index, embedding in enumerate(embeddings):
+        notes[str(index)] = json.dumps([embedding.name, embedding.path.name, embedding.sha256])
+        tensors |= {f"{index}.{component}": each.contiguous() for component, each in embedding.vectors.items()}
+    return tensors, notes
+
+
+def unpacked(path: Path) -> list[Embedding]:
+    """The embeddings of a file that was written from `packed`.
+
+    Raises:
+        SdqError: it is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            notes = {int(index): json.loads(note) for index, note in (file.metadata() or {}).items() if index.isdigit()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        found = []
+        for index, (name, original, sha256) in sorted(notes.items()):
+            start = f"{index}."
+            own = {key[len(start) :]: tensor for key, tensor in tensors.items() if key.startswith(start)}
+            found.append(Embedding(name, path.with_name(original), sha256, own))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise SdqError(f"The embeddings in {path} are damaged: {error}.", "Train the run again.") from error
+    return found
+
+
 @torch.no_grad()
 def _add_vectors(encoder: Any, ids: list[int], vectors: Tensor) -> None:
     rows = encoder.get_input_embeddings().weight.shape[0]
@@ -167,8 +201,6 @@ def _add_vectors(encoder: Any, ids: list[int], vectors: Tensor) -> None:
 
 
 def _width(source: Source, component: str) -> int:
-    import json
-
     config = json.loads((source.folder / component / "config.json").read_text(encoding="utf-8"))
     return int(config["hidden_size"])
 

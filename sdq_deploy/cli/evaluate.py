@@ -103,6 +103,7 @@ def evaluate(
     from sdq_deploy.evaluation.gates import check_measured, failures, parse_limits
     from sdq_deploy.evaluation.manifest import write_manifests
     from sdq_deploy.evaluation.output import claim, write_results
+    from sdq_deploy.evaluation.reading import read_alike
     from sdq_deploy.evaluation.sampling import agree_on_sampler
     from sdq_deploy.evaluation.settings import EvaluationSettings
     from sdq_deploy.libraries import quiet_libraries
@@ -112,6 +113,7 @@ def evaluate(
     with status_console.status("opening the candidates"):
         found = open_candidates(candidates, engine)
         model = find_reference(found, reference)
+        found, model = read_alike(found, model)
         sampler = agree_on_sampler(found, model, scheduler, num_inference_steps, guidance_scale)
         settings = EvaluationSettings(
             out=out,

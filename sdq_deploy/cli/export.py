@@ -148,7 +148,7 @@ def export(
         if _is_run(source)
         else _open_model(source, revision, scheduler, num_inference_steps)
     )
-    source_told = _with_text(job, prompt_chunks, clip_skip, embedding or [])
+    source_told = _with_text(job, source, prompt_chunks, clip_skip, embedding or [])
     with _stages() as on_stage:
         from sdq_export.provenance import what_is_missing
         from sdq_export.writer import export_package
@@ -241,18 +241,20 @@ def _open_run(run: str, scheduler: str | None, steps: int | None, dtype: str) ->
     return _Job(source, plan, settings.guidance_scale, checkpoint)
 
 
-def _with_text(job: _Job, prompt_chunks: int | None, clip_skip: int | None, embeddings: list[str]) -> Source:
+def _with_text(job: _Job, run: str, prompt_chunks: int | None, clip_skip: int | None, embeddings: list[str]) -> Source:
     """The source, its prompts read as the options say, else as they were in training.
 
     Raises:
         SdqError: a number out of range, an embedding that does not fit, another clip_skip than the training's.
     """
+    from sdq_export.checkpoint import load_embeddings
     from sdq_export.embeddings import parse_embedding
     from sdq_export.text_settings import text_settings
 
     trained = job.checkpoint.info.text if job.checkpoint else None
     text = text_settings(trained, prompt_chunks, clip_skip)
-    return job.source.with_text(text, [parse_embedding(each) for each in embeddings])
+    learned = load_embeddings(run) if job.checkpoint else []
+    return job.source.with_text(text, [*learned, *(parse_embedding(each) for each in embeddings)])
 
 
 def _require_same_sampler(trained: str, trained_steps: int, scheduler: str | None, steps: int | None) -> None:

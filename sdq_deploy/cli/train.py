@@ -86,6 +86,24 @@ def train(
         list[str] | None,
         typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Fuse an adapter into the model first; repeatable."),
     ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--embedding",
+            metavar="NAME=FILE",
+            help="A textual inversion (.safetensors) that prompts name NAME; repeatable.",
+        ),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(
+            "--clip-skip", help="Leave out the last layers of the CLIP text encoders, as diffusers' clip_skip."
+        ),
+    ] = None,
+    prompt_chunks: Annotated[
+        int | None,
+        typer.Option("--prompt-chunks", help="Train with prompts of up to N chunks of 75 tokens.", metavar="N"),
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what RUN holds; options given here win.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
@@ -109,6 +127,8 @@ def train(
         "method": method.value if method is not None else "ptq" if ptq_algorithm is not None else None,
         "ptq.algorithm": None if ptq_algorithm is None else ptq_algorithm.value,
         "quantization.precision": None if precision is None else precision.value,
+        "text.clip_skip": clip_skip,
+        "text.prompt_chunks": prompt_chunks,
         "sampling.scheduler": scheduler,
         "sampling.num_inference_steps": num_inference_steps,
         "sampling.guidance_scale": guidance_scale,
@@ -129,6 +149,7 @@ def train(
         prompt_column=prompt_column,
         seed=seed,
         revision=revision,
+        embeddings=embedding or [],
         resume=resume,
     )
     if dry_run:

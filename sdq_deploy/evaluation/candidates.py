@@ -19,8 +19,9 @@ from sdq_engines.package.store import open_package
 from sdq_engines.runtime.pipeline import Pipeline
 from sdq_export.checkpoint import CHECKPOINT_FOLDER, SamplerSettings, SourceRef, load_checkpoint
 from sdq_export.source import Source, load_source
+from sdq_export.text_settings import TextSettings
 
-__all__ = ["Candidate", "find_reference", "open_candidates"]
+__all__ = ["Candidate", "digest", "find_reference", "open_candidates"]
 
 #: What the floating-point model is called among the candidates.
 REFERENCE = "FP"
@@ -43,6 +44,7 @@ class Candidate:
         engine: of a package.
         precision: e.g. w4a8; "fp32" for a model.
         num_bytes: a package's size without engines, a run's checkpoint's; None for a model.
+        text: how it reads prompts; None for a model, which takes any way.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Candidate:
     engine: str | None = None
     precision: str = "fp32"
     num_bytes: int | None = None
+    text: TextSettings | None = None
 
     @property
     def images_by(self) -> str:
@@ -135,10 +138,14 @@ def _open_package(name: str, folder: Path, engine: str) -> Candidate:
         ),
         image_size=manifest.io.image_size,
         latent_shape=manifest.io.latent_shape,
-        identity=_digest("package", files, pipeline.engine, entry.version, entry.profile.model_dump(), entry.options),
+        identity=digest("package", files, pipeline.engine, entry.version, entry.profile.model_dump(), entry.options),
         engine=pipeline.engine,
         precision=manifest.precision,
         num_bytes=manifest.bytes_without_engines,
+        text=TextSettings(
+            prompt_chunks=max(text.chunks for text in manifest.text),
+            clip_skip=max(text.clip_skip for text in manifest.text),
+        ),
     )
 
 
@@ -162,9 +169,10 @@ def _open_run(name: str, folder: Path) -> Candidate:
         sampler=checkpoint.info.sampler,
         image_size=source.family.image_size(source),
         latent_shape=source.family.latent_shape(source),
-        identity=_digest("run", files, _model_identity(source)),
+        identity=digest("run", files, _model_identity(source)),
         precision=checkpoint.info.spec.precision,
         num_bytes=sum(file.stat().st_size for file in inner.iterdir() if file.is_file()),
+        text=checkpoint.info.text,
     )
 
 
@@ -178,7 +186,7 @@ def _open_model(name: str, model: str, revision: str | None = None) -> Candidate
         sampler=None,
         image_size=source.family.image_size(source),
         latent_shape=source.family.latent_shape(source),
-        identity=_digest("model", _model_identity(source)),
+        identity=digest("model", _model_identity(source)),
     )
 
 
@@ -186,7 +194,8 @@ def _model_identity(source: Source) -> dict[str, str]:
     return {part: source.weights_sha256(part) for part in source.weighted_parts}
 
 
-def _digest(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
+    """A hash of these JSON values."""
     # The program's version too: another one may compute otherwise.
     content = json.dumps([metadata.version("sdq-deploy"), *parts], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -18,11 +18,13 @@ from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.prompts import PromptSplit, split_prompts
 from sdq_deploy.training.teacher import make_teacher
 from sdq_export.checkpoint import SamplerSettings, SourceRef
+from sdq_export.embeddings import parse_embedding
 from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler import SamplerPlan, compile_sampler, make_scheduler
 from sdq_export.sites import find_sites
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
+from sdq_export.text_settings import TextSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,6 +44,8 @@ class TrainingSettings:
     prompts: tuple[str, ...]
     seed: int = 0
     revision: str | None = None
+    embeddings: tuple[str, ...] = ()
+    """Textual inversions that prompts name, each NAME=FILE."""
     recipe_tree: Mapping[str, Any] = field(default_factory=dict)
     """What `recipe` was resolved from, the tables of all precisions with it: recorded, so that a resumed run can change
     its precision. Empty: `recipe` alone is recorded."""
@@ -62,8 +66,14 @@ class TrainingContext:
     ) -> None:
         self.settings, self.accelerator, self.progress = settings, accelerator, progress
         self.recipe, self.seed = settings.recipe, settings.seed
+        source = source.with_text(self.text, [parse_embedding(each) for each in settings.embeddings])
         self.source = source.with_split_shortcuts() if self.recipe.quantization.split_shortcuts else source
         self.folder = RunFolder(settings.out)
+
+    @property
+    def text(self) -> TextSettings:
+        """How prompts are read, as the quantized checkpoint records it."""
+        return TextSettings(**self.recipe.text.model_dump())
 
     @property
     def device(self) -> torch.device:

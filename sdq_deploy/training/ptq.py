@@ -59,7 +59,11 @@ def quantize_without_training(
         scales = modelopt_scales(teacher, spec, data, algorithm, SAMPLES_PER_STEP)
     tensors = Student(context.source.denoiser, context.timesteps, spec, scales).tensors()
     info = CheckpointInfo(
-        spec=spec, sampler=context.sampler_settings, source=context.source_ref, notes={"untrained": method}
+        spec=spec,
+        sampler=context.sampler_settings,
+        source=context.source_ref,
+        text=context.text,
+        notes={"untrained": method},
     )
     return info, tensors
 
@@ -75,6 +79,7 @@ def _context_of(run: Path, source: Source | None) -> TrainingContext:
         prompts=tuple(recorded.get("prompts", ())),
         seed=recorded.get("seed", 0),
         revision=recorded.get("revision"),
+        embeddings=tuple(recorded.get("embeddings", ())),
     )
     loaded = source or load_source(resolve_model(settings.model), settings.revision)
     context = TrainingContext(settings, loaded, make_accelerator(settings.recipe, cpu=True), Progress(disable=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,10 @@ def resolve_settings(
     prompt_column: str | None = None,
     seed: int | None = None,
     revision: str | None = None,
+    embeddings: Sequence[str] = (),
     resume: bool = False,
 ) -> TrainingSettings:
-    """Settle every value. A resumed run keeps its recipe, prompts and seed but for what is given here.
+    """Settle every value. A resumed run keeps its recipe, prompts, seed and embeddings but for what is given here.
 
     Raises:
         SdqError: mistakes in the recipe or the prompts; the run folder trains another model.
@@ -68,7 +69,14 @@ def resolve_settings(
         prompts=_prompts(model, chosen, prompt_file, prompt_column, recorded),
         seed=seed if seed is not None else recorded.get("seed", 0),
         revision=revision or recorded.get("revision"),
+        embeddings=_embeddings(embeddings) or tuple(recorded.get("embeddings", ())),
     )
+
+
+def _embeddings(texts: Sequence[str]) -> tuple[str, ...]:
+    """NAME=FILE each, the file's path made absolute; what is not that is left for the reader to refuse."""
+    split = [text.partition("=") for text in texts]
+    return tuple(f"{name}={Path(file).expanduser().absolute()}" if file else name for name, _, file in split)
 
 
 def _prompts(

@@ -132,6 +132,7 @@ def recorded_settings(settings: TrainingSettings) -> dict[str, Any]:
         "recipe": settings.recipe_tree or settings.recipe.model_dump(mode="json"),
         "prompts": list(settings.prompts),
         "seed": settings.seed,
+        "embeddings": list(settings.embeddings),
     }
 
 

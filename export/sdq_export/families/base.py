@@ -111,8 +111,8 @@ class TextEncoder:
             for name, first in chunks[0].items()
         }
         if (negative := joined.pop(NEGATIVE_OUTPUT, None)) is not None:
-            absent = torch.tensor([prompt is None for prompt in prompts])
-            joined[TEXT_OUTPUT][absent] = negative[absent]
+            absent = torch.tensor([prompt is None for prompt in prompts])[:, None, None]
+            joined[TEXT_OUTPUT] = torch.where(absent, negative, joined[TEXT_OUTPUT])
         return joined
 
     @torch.no_grad()
