@@ -219,6 +219,9 @@ def inspect(package: _PackageArgument, json: JsonOption = False) -> None:
     say(
         f"sampler  {sampler['scheduler']}, {sampler['num_inference_steps']} steps, guidance {sampler['guidance_scale']}"
     )
+    chunks, skipped = (max((text[key] for text in content["text"]), default=0) for key in ("chunks", "clip_skip"))
+    if chunks > 1 or skipped:
+        say(f"prompts  {chunks} chunk(s) of {content['text'][0]['max_length']} tokens, clip_skip {skipped}")
     say(f"source   {source['model']}, licence {source['license']}. {source['changes']}", markup=False)
     for part, size in content["bytes"].items():
         say(f"  {part:24} {megabytes(size)}")
