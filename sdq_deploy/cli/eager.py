@@ -45,7 +45,7 @@ def _images(pipeline: Any, manifest: Manifest, batch: int) -> Any:
     from PIL import Image
 
     sampler, size = manifest.sampler, manifest.io.image_size[::-1]
-    painted = {"image": Image.new("RGB", size, "grey"), "mask_image": Image.new("L", size, 255)}
+    painted = {"image": Image.new("RGB", size, "grey"), "mask_image": Image.new("L", size, 255), "strength": 1.0}
     return pipeline(
         PROMPT,
         num_images_per_prompt=batch,

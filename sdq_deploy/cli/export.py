@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
+from sdq_deploy.cli.prompt_options import ClipSkipOption, EmbeddingOption, PromptChunksOption
 from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
 from sdq_engines.errors import SdqError
 
@@ -89,32 +90,9 @@ def export(
             help="Of the engines, with --dynamic-size. Repeatable: from the least to the most, tuned for the first.",
         ),
     ] = None,
-    prompt_chunks: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Take prompts of up to N chunks of 75 tokens; every image then costs the attention to all N. "
-            "If not given, one chunk, or as many as the RUN was trained with.",
-            show_default=False,
-        ),
-    ] = None,
-    clip_skip: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Leave out the last N layers of the CLIP text encoders, as diffusers' clip_skip. "
-            "If not given, none, or as many as the RUN was trained with.",
-            show_default=False,
-        ),
-    ] = None,
-    embedding: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FILE",
-            help="A textual inversion (.safetensors) that prompts name NAME; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    prompt_chunks: PromptChunksOption = None,
+    clip_skip: ClipSkipOption = None,
+    embedding: EmbeddingOption = None,
     revision: Annotated[str | None, typer.Option(help="Of a MODEL on the hub.")] = None,
     json: JsonOption = False,
 ) -> None:

@@ -21,6 +21,13 @@ from sdq_deploy.cli.package_output import (
     print_parity,
     say,
 )
+from sdq_deploy.cli.prompt_options import (
+    NegativePrompt2Option,
+    NegativePrompt3Option,
+    Prompt2Option,
+    Prompt3Option,
+    WeightingOption,
+)
 from sdq_deploy.cli.shared import JsonOption, new_progress, print_json, require_extra, status_console
 
 if TYPE_CHECKING:
@@ -49,30 +56,11 @@ def run(
     engine: _EngineOption = "auto",
     seed: Annotated[int | None, typer.Option(help="Image i starts from seed + i; random if not given.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
-    prompt_2: Annotated[
-        str | None,
-        typer.Option("--prompt-2", help="What a second text encoder reads in place of the prompt.", show_default=False),
-    ] = None,
-    prompt_3: Annotated[
-        str | None,
-        typer.Option("--prompt-3", help="What a third text encoder reads in place of the prompt.", show_default=False),
-    ] = None,
-    negative_prompt_2: Annotated[
-        str | None,
-        typer.Option("--negative-prompt-2", help="Likewise, in place of --negative-prompt.", show_default=False),
-    ] = None,
-    negative_prompt_3: Annotated[
-        str | None,
-        typer.Option("--negative-prompt-3", help="Likewise, in place of --negative-prompt.", show_default=False),
-    ] = None,
-    weighting: Annotated[
-        str | None,
-        typer.Option(
-            help="a1111: read weights in prompts, (word:1.2), as AUTOMATIC1111's web UI does. "
-            "If not given, a prompt is taken literally.",
-            show_default=False,
-        ),
-    ] = None,
+    prompt_2: Prompt2Option = None,
+    prompt_3: Prompt3Option = None,
+    negative_prompt_2: NegativePrompt2Option = None,
+    negative_prompt_3: NegativePrompt3Option = None,
+    weighting: WeightingOption = None,
     guidance_scale: Annotated[float | None, typer.Option(help="The package's own if not given.")] = None,
     num_images_per_prompt: Annotated[int, typer.Option("--num-images-per-prompt", "-n", min=1)] = 1,
     image: Annotated[

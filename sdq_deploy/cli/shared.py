@@ -25,8 +25,9 @@ __all__ = [
 ]
 
 #: Results go to standard output, progress and messages to standard error, so that a pipe sees results alone.
-console = Console(highlight=False)
-status_console = Console(stderr=True, highlight=False)
+#: A prompt's ":x:" is no emoji.
+console = Console(highlight=False, emoji=False)
+status_console = Console(stderr=True, highlight=False, emoji=False)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON for machines.")]
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sdq_deploy.cli.prompt_options import ClipSkipOption, EmbeddingOption, PromptChunksOption
 from sdq_deploy.cli.shared import JsonOption, console, print_json, require_extra, status_console
 
 __all__ = ["register"]
@@ -86,24 +87,9 @@ def train(
         list[str] | None,
         typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Fuse an adapter into the model first; repeatable."),
     ] = None,
-    embedding: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--embedding",
-            metavar="NAME=FILE",
-            help="A textual inversion (.safetensors) that prompts name NAME; repeatable.",
-        ),
-    ] = None,
-    clip_skip: Annotated[
-        int | None,
-        typer.Option(
-            "--clip-skip", help="Leave out the last layers of the CLIP text encoders, as diffusers' clip_skip."
-        ),
-    ] = None,
-    prompt_chunks: Annotated[
-        int | None,
-        typer.Option("--prompt-chunks", help="Train with prompts of up to N chunks of 75 tokens.", metavar="N"),
-    ] = None,
+    embedding: EmbeddingOption = None,
+    clip_skip: ClipSkipOption = None,
+    prompt_chunks: PromptChunksOption = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what RUN holds; options given here win.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,

@@ -39,4 +39,4 @@ def _told(candidate: Candidate, text: TextSettings) -> Candidate:
 
 def _said(candidate: Candidate) -> str:
     text = candidate.text or TextSettings()
-    return f"{text.prompt_chunks} chunks and clip_skip {text.clip_skip}"
+    return f"{text.prompt_chunks} chunk(s) and clip_skip {text.clip_skip}"

@@ -57,7 +57,7 @@ class Sampling(_Section):
     scheduler: Scheduler
     num_inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=0, le=100)
-    """1 runs the model on the prompt alone."""
+    """1 or less runs the model on the prompt alone, as in diffusers."""
 
 
 class Quantization(_Section):

@@ -266,11 +266,13 @@ def test_an_fp32_package_makes_diffusers_images(
     assert exported.package.manifest.full_precision == (["text_encoder_3"] if which == "source_t5" else [])
     folder = build_engine(exported.package, "onnxruntime").folder
     pipeline = Pipeline.load(folder, engine="onnxruntime")
-    for negative in (None, "green"):
-        found = pipeline(PROMPTS, negative_prompt=negative, seed=[3, 4])
+    third = {"prompt_3": ["blue", "a star"], "negative_prompt_3": ["x", "y"]} if which == "source_t5" else {}
+    for negative, others in ((None, {}), ("green", third)):
+        found = pipeline(PROMPTS, negative_prompt=negative, seed=[3, 4], **others)
         wanted = source.pipeline(source.scheduler)(
             PROMPTS,
             negative_prompt=None if negative is None else [negative] * 2,
+            **others,
             num_inference_steps=STEPS,
             guidance_scale=7.0,
             generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],

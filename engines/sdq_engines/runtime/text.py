@@ -111,6 +111,10 @@ class PromptTokenizer:
             np.array([[weight for _, weight in row] for row in rows], np.float32),
         )
 
+    def fits(self, prompt: str) -> bool:
+        """Whether nothing of a prompt is cut off."""
+        return len(self._divide(self._groups(prompt, weighted=False))) <= self.info.chunks
+
     def _groups(self, prompt: str, weighted: bool) -> list[list[Fragment]]:
         """The fragments between one BREAK and the next."""
         if weighted:

@@ -92,6 +92,13 @@ class TextEncoder:
         rows = [torch.from_numpy(tokenizer.encode(prompt, warn=False).ids) for prompt in prompts]
         return torch.stack(rows) if rows else torch.empty(0, self.chunks(source), self.length(source), dtype=torch.long)
 
+    def cut(self, source: Source, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts that are longer than what it takes."""
+        from sdq_export.tokenizer import prompt_tokenizer
+
+        tokenizer = prompt_tokenizer(source, self)
+        return [prompt for prompt in prompts if not tokenizer.fits(prompt)]
+
     def encode(self, source: Source, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The outputs by name for each prompt's first chunk, computed on the encoder's device; float32 on the CPU."""
         return self._run(source, self.token_ids(source, prompts))

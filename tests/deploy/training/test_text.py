@@ -32,17 +32,20 @@ def _fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_what_prompts_mean_is_recorded_and_followed(tiny_sd: Path, tmp_path: Path) -> None:
+def test_what_prompts_mean_is_recorded_and_followed(
+    tiny_sd: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_file(
         {"emb_params": torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))}, tmp_path / "s.safetensors"
     )
     given = f"<s>={tmp_path / 's.safetensors'}"
     changes = {"text.clip_skip": 1, "text.prompt_chunks": 2, "fit.max_train_steps": 0, "sensitivity.top_k": 1}
     settings = small_settings(tiny_sd, tmp_path / "run", {**changes, "collect.num_prompts": 2})
-    prompts = ("a red <s> circle", "red BREAK <s>", "a circle", "blue")
+    prompts = ("a red <s> circle", "red BREAK <s>", "a circle", "long " * 10)
     settings = replace(settings, prompts=prompts, embeddings=(given,))
     run_training(settings, cpu=True, quiet=True)
 
+    assert "1 prompt(s) are longer than the model takes and were cut, the first 'long long" in caplog.text
     told = load_source(tiny_sd).with_text(TextSettings(prompt_chunks=2, clip_skip=1), [parse_embedding(given)])
     data = load_split(tmp_path / "run" / "dataset", "training")
     wanted = told.family.encode_prompts(told, list(prompts[:2])).tensors["text_embeddings"]
@@ -64,5 +67,5 @@ def test_what_prompts_mean_is_recorded_and_followed(tiny_sd: Path, tmp_path: Pat
     _, reference = read_alike(candidates, model)
     assert reference.text == told.text
     assert reference.identity != model.identity
-    with pytest.raises(SdqError, match="run and other do not read prompts alike: 2 chunks and clip_skip 1"):
+    with pytest.raises(SdqError, match="run and other do not read prompts alike: 2 chunk"):
         read_alike([*candidates, replace(candidates[0], name="other", text=TextSettings())], model)
