@@ -13,28 +13,20 @@ from PIL import Image
 
 from sdq_engines import Pipeline
 from sdq_engines.backends.onnxruntime import OnnxRuntimeComponent, open_session
-from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.package.store import Package
 from sdq_engines.runtime.loop import StepEvent
 from sdq_engines.runtime.noise import NoiseStream
 from sdq_engines.runtime.pictures import mask_pixels, open_picture, pixels
 from sdq_engines.runtime.sampler import SamplerTables
-from tests.engines.graphs import TinyShape
-from tests.engines.packages import make_package
 
 PROMPT = "a red circle on the left of a blue square"
 ENGINES = ["onnxruntime", "openvino"]
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    """Stochastic, with a VAE encoder, built for both CPU engines."""
-    shape = TinyShape(precision="w8a8", stochastic=True, encoder=True)
-    made = make_package(tmp_path_factory.mktemp("package") / "package", shape)
-    for engine in ENGINES:
-        made = build_engine(made, engine)
-    return made
+@pytest.fixture
+def package(full: Package) -> Package:
+    return full
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -55,7 +47,7 @@ def by_hand(package: Package, image: Image.Image, painted: np.ndarray | None, fi
     }
     text = Pipeline.from_package(package, "onnxruntime").prompts
     feeds = graph["prologue"].run(text.encode(["", PROMPT]))
-    tables = SamplerTables.load(package.path("sampler.safetensors"))
+    tables = SamplerTables.load(package.path("sampler.safetensors"), package.manifest.sampler)
     stream, shape = NoiseStream(seed), (4, 8, 8)
     moments = graph["vae_encoder"].run(
         {"images": (np.asarray(image, np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]}

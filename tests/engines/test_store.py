@@ -167,11 +167,11 @@ def test_an_interrupted_export_is_incomplete(tmp_path: Path) -> None:
 
 
 def test_dropped_files_go_only_after_the_manifest(bare: Package) -> None:
-    editor = PackageEditor.open(bare)
-    editor.add_bytes("engines/x/new/a.bin", b"new")
-    editor.drop("LICENSE")
-    assert open_package(bare.folder).manifest == bare.manifest
-    after = editor.commit(bare.manifest)
+    with PackageEditor.edit(bare.folder, "test") as editor:
+        editor.add_bytes("engines/x/new/a.bin", b"new")
+        editor.drop("LICENSE")
+        assert open_package(bare.folder).manifest == bare.manifest
+        after = editor.commit(editor.current)
     assert "engines/x/new/a.bin" in after.manifest.files
     assert not (bare.folder / "LICENSE").exists()
     assert open_package(bare.folder).manifest == after.manifest
@@ -179,16 +179,15 @@ def test_dropped_files_go_only_after_the_manifest(bare: Package) -> None:
 
 def test_abandoned_changes_leave_nothing(bare: Package) -> None:
     before = sorted(path.relative_to(bare.folder) for path in bare.folder.rglob("*"))
-    editor = PackageEditor.open(bare)
-    editor.add_bytes("engines/x/new/a.bin", b"new")
-    editor.abandon()
+    with PackageEditor.edit(bare.folder, "test") as editor:
+        editor.add_bytes("engines/x/new/a.bin", b"new")
     assert sorted(path.relative_to(bare.folder) for path in bare.folder.rglob("*")) == before
 
 
 def test_an_editor_writes_inside_only(bare: Package) -> None:
     for path in ("../x", MANIFEST):
-        with pytest.raises(SdqError):
-            PackageEditor.open(bare).add_bytes(path, b"")
+        with PackageEditor.edit(bare.folder, "test") as editor, pytest.raises(SdqError):
+            editor.add_bytes(path, b"")
 
 
 def test_a_missing_engine_names_the_command(bare: Package) -> None:
