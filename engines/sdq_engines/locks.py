@@ -2,12 +2,13 @@
 
 Two locks, for two lengths of time:
 
-1. `JOB`: a command that fills a folder (export, train, evaluate, demo) holds it from start to end; a second one is refused
-   at once, with the first one's name.
-2. `MANIFEST`: whoever reads a package's manifest, changes it and writes it again holds it for that moment; others wait.
+1. `JOB`: a command that fills a folder (export, train, evaluate, demo) holds it from start to end; a second one is
+   refused at once, with the first one's name.
+2. `MANIFEST_LOCK`: whoever reads a package's manifest, changes it and writes it again holds it for that moment; others
+   wait.
 
-filelock does the work: `flock` on POSIX (over NFS 4 too), `LockFileEx` on Windows, and a marker file where a file system
-has neither. A killed holder's lock is free at once.
+filelock does the work: `flock` on POSIX (over NFS 4 too), `LockFileEx` on Windows, and a marker file where a file
+system has neither. A killed holder's lock is free at once.
 """
 
 from __future__ import annotations
@@ -59,8 +60,9 @@ def sole_writer(folder: Path, name: str, doing: str) -> Iterator[None]:
     try:
         _acquire(lock, folder, name)
     except Timeout as error:
+        who = holder(folder, name) or "which does not say what it does"
         raise SdqError(
-            f"{folder} is being written by another process ({holder(folder, name) or 'which does not say what it does'}).",
+            f"{folder} is being written by another process ({who}).",
             "Wait until it has ended, or give another folder.",
         ) from error
     except OSError as error:
@@ -106,7 +108,7 @@ def is_held(folder: Path, name: str) -> bool:
 
 
 def holder(folder: Path, name: str) -> str | None:
-    """What the holder of the lock says of itself: "process 4711, export, since 12:30:05"; None where it says nothing."""
+    """What the lock's holder says of itself: "process 4711, export, since 12:30:05"; None where it says nothing."""
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
         since = time.strftime("%H:%M:%S", time.localtime(found["since"]))

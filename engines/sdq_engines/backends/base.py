@@ -84,9 +84,15 @@ class BuildResult:
 class Component(Protocol):
     """One loaded graph; may be run from several threads at once."""
 
-    inputs: Mapping[str, tuple[int | None, ...]]
-    """Name -> shape; None where a dimension is free."""
-    outputs: Sequence[str]
+    @property
+    def inputs(self) -> Mapping[str, tuple[int | None, ...]]:
+        """Name -> shape; None where a dimension is free."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Names."""
+        ...
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """Every output by its name. Feeds are cast to the engine's own types where they differ (FP32 to FP16)."""

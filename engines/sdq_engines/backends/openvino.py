@@ -206,7 +206,7 @@ class OpenVinoComponent:
             return {name: np.array(results[name]) for name in self.outputs}
 
     def infer_in_place(self, buffers: Arrays, state: Mapping[str, np.ndarray]) -> None:
-        """One call on buffers that stay the same from call to call: bound once, and again where another call came between.
+        """One call on buffers that stay the same from call to call: bound once, and again after another's call.
 
         Args:
             buffers: every input by name.

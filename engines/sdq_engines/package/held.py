@@ -7,16 +7,17 @@ deletion waits.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sdq_engines.errors import SdqError
 from sdq_engines.locks import MANIFEST_LOCK, is_held
-from sdq_engines.package.layout import MANIFEST
+from sdq_engines.package.layout import ENGINES, MANIFEST
 
 __all__ = ["HeldFile", "PackageChangedError", "files_of", "hold", "while_unchanged"]
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_TRIES = 5
+_TRIES = 10
 
 
 class PackageChangedError(SdqError):
@@ -87,7 +88,7 @@ def hold(root: Path, relatives: Iterable[str]) -> dict[str, HeldFile]:
 
 
 def while_unchanged(root: Path, look: Callable[[], T]) -> T:
-    """What `look` makes of a package that no one changed meanwhile; it looks again where someone did.
+    """What `look` makes of a package whose graphs no one changed meanwhile; it looks again where someone did.
 
     Raises:
         PackageChangedError: it changes again and again.
@@ -101,7 +102,8 @@ def while_unchanged(root: Path, look: Callable[[], T]) -> T:
             if _manifest(root) == before and not is_held(root, MANIFEST_LOCK):
                 raise
         else:
-            if _manifest(root) == before:
+            after = _manifest(root)
+            if after == before or _without_engines(after) == _without_engines(before):
                 return made
         _wait_for_writer(root)
     raise PackageChangedError(root)
@@ -112,6 +114,15 @@ def _manifest(root: Path) -> bytes | None:
         return (root / MANIFEST).read_bytes()
     except OSError:
         return None
+
+
+def _without_engines(manifest: bytes | None) -> dict[str, Any]:
+    """The files that keep their names when they change; an engine's have a new one each time it is built."""
+    try:
+        files = json.loads(manifest or b"")["files"]
+        return {name: entry for name, entry in files.items() if not name.startswith(f"{ENGINES}/")}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return {"manifest": manifest}
 
 
 def _wait_for_writer(root: Path) -> None:

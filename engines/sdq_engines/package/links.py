@@ -1,8 +1,8 @@
 """Symlinks in a package's folder: none, but for those of a hub cache, which lead to the cache's own blobs.
 
 huggingface_hub keeps a repository as `models--OWNER--NAME/snapshots/REVISION/FILE`, each file a link to
-`models--OWNER--NAME/blobs/HASH`. Such a link is followed, and what it leads to is hashed as any file is. Any other link is
-refused, listed or not: a graph could name it as its external data.
+`models--OWNER--NAME/blobs/HASH`. Such a link is followed, and what it leads to is hashed as any file is. Any other link
+is refused, listed or not: a graph could name it as its external data.
 """
 
 from __future__ import annotations

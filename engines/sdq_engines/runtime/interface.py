@@ -1,7 +1,7 @@
 """A manifest holds what its graphs take and give, or it is refused when it is loaded.
 
-Hashes say that files are the ones that were written; a manifest that was edited or damaged may still name inputs that its
-graphs do not have (docs/package-format.md, "Graphs").
+Hashes say that files are the ones that were written; a manifest that was edited or damaged may still name inputs that
+its graphs do not have (docs/package-format.md, "Graphs").
 """
 
 from __future__ import annotations

@@ -58,8 +58,7 @@ class SamplerTables:
             ):
                 found = "no such tensor" if has is None else f"one of shape {list(has)}"
                 raise SdqError(
-                    f"{path} has {found} as {name}: the manifest's sampler makes {calls} calls with {slots - 1} history "
-                    "slots.",
+                    f"{path} has {found} as {name}; the manifest has {calls} calls and {slots - 1} history slots.",
                     _AGAIN,
                 )
         return cls(*(tensors[name] for name in wanted))

@@ -1,7 +1,7 @@
 """Plans in GPU memory: one execution context per component, latents on the device, one CUDA graph per step.
 
-One stream, and one lock over it: a component's call or a whole run has the device to itself, other threads wait. Calls do
-not overlap on a GPU that one of them fills, and buffers and captured graphs are one set, whatever the number of threads.
+One stream, and one lock over it: a component's call or a whole run has the device to itself, other threads wait. Calls
+would not overlap on a GPU that one of them fills; and buffers and captured graphs are one set for all threads.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Device:
         if self._running:
             self._lock.release()
             raise SdqError(
-                f"A callback of a run on {self.engine} asked for another run, which would overwrite the first one's state.",
+                f"A callback of a run on {self.engine} asked for another run, which would overwrite the first's state.",
                 "Start it after the run, or load the package a second time.",
             )
         self._running = True
