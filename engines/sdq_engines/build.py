@@ -23,6 +23,7 @@ from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_json
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import ENGINES, engine_folder
+from sdq_engines.package.links import require_plain_weights
 from sdq_engines.package.schema import EngineEntry, FileEntry, KernelCounts, Manifest, ShapeProfile
 from sdq_engines.package.store import Package, read_manifest
 from sdq_engines.process import how_it_died
@@ -90,6 +91,7 @@ def build_engine(
             "Give --batch-min <= --batch-opt <= --batch-max.",
         )
     check_sizes(package, profile)
+    require_plain_weights(package)
     check_options(options or {}, [engine])
     with _staging(package) as folder:
         job = {

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdq_engines.errors import SdqError
 
-__all__ = ["check_link", "check_links"]
+if TYPE_CHECKING:
+    from sdq_engines.package.store import Package
+
+__all__ = ["check_link", "check_links", "require_plain_weights"]
+
+_PLAIN = "Get it again as plain files: hf download OWNER/NAME --local-dir PACKAGE"
 
 
 def check_links(root: Path) -> None:
@@ -35,8 +41,19 @@ def check_link(root: Path, path: Path) -> None:
     if path.is_symlink() and not _leads_to_a_blob(root, path):
         raise SdqError(
             f"The package at {root} holds a symlink that leads out of it: {path.relative_to(root).as_posix()}.",
-            "Get it again as plain files: hf download OWNER/NAME --local-dir PACKAGE",
+            _PLAIN,
         )
+
+
+def require_plain_weights(package: Package) -> None:
+    """Parsers of ONNX follow no link to weights beside a graph, which a graph of more than 1 GiB has.
+
+    Raises:
+        SdqError: the package is in a hub cache and has such a graph.
+    """
+    for relative in package.manifest.components.values():
+        if package.path(f"{relative}.data").is_symlink():
+            raise SdqError(f"Engines are built from plain files, and {relative}.data is a link.", _PLAIN)
 
 
 def _leads_to_a_blob(root: Path, path: Path) -> bool:
