@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.shared import (
+    JsonOption,
+    console,
+    new_progress,
+    new_status,
+    print_json,
+    require_extra,
+    status_console,
+)
 from sdq_deploy.models import EMBEDDED
 from sdq_engines.errors import SdqError
 
@@ -110,7 +118,7 @@ def evaluate(
 
     limits = parse_limits(fail_below)
     quiet_libraries()
-    with status_console.status("opening the candidates"):
+    with new_status("opening the candidates"):
         found = open_candidates(candidates, engine)
         model = find_reference(found, reference)
         sampler = agree_on_sampler(found, model, scheduler, num_inference_steps, guidance_scale)

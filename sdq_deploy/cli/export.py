@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.shared import (
+    JsonOption,
+    console,
+    new_progress,
+    new_status,
+    print_json,
+    require_extra,
+    status_console,
+)
 from sdq_engines.errors import SdqError
 
 if TYPE_CHECKING:
@@ -283,7 +291,7 @@ def _build(result: ExportResult, package: Package, engine: str, profile: ShapePr
     from sdq_engines.build import build_engine
     from sdq_export.engines import check_built_engine
 
-    with status_console.status(f"{engine}: starting") as status:
+    with new_status(f"{engine}: starting") as status:
         package = build_engine(
             package,
             engine,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-from rich.status import Status
 
 from sdq_deploy.cli.package_output import (
     StepBar,
@@ -21,9 +20,10 @@ from sdq_deploy.cli.package_output import (
     print_parity,
     say,
 )
-from sdq_deploy.cli.shared import JsonOption, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.shared import JsonOption, new_progress, new_status, print_json, require_extra, status_console
 
 if TYPE_CHECKING:
+    from sdq_deploy.cli.progress import Status
     from sdq_engines.package.schema import ShapeProfile
     from sdq_engines.package.store import Package
     from sdq_engines.runtime.pipeline import PipelineOutput
@@ -265,7 +265,7 @@ def bench(
     checked = open_package(package, verify="cached")
     names = engine or [name for name in checked.manifest.engines if backend(name).available().works] or ["auto"]
     reports: list[dict[str, Any]] = []
-    with status_console.status("starting") as status:
+    with new_status("starting") as status:
         for name in names:
             stage = _stage_shower(status, name)
             reports.append(measure(partial(Pipeline.from_package, checked, name), batch, runs, stage).as_dict())
@@ -287,7 +287,7 @@ def bench(
 def _build_one(package: Package, name: str, profile: ShapeProfile, options: dict[str, Any]) -> Package:
     from sdq_engines.build import build_engine
 
-    with status_console.status(f"{name}: starting") as status:
+    with new_status(f"{name}: starting") as status:
         show = _stage_shower(status, name)
         return build_engine(package, name, profile, options, lambda part, stage: show(f"{stage} {part}"))
 

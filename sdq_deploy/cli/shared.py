@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import typer
 import typer.core
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from sdq_deploy.cli.progress import Status, progress_on, status_on
 from sdq_engines.errors import SdqError
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "JsonOption",
     "console",
     "new_progress",
+    "new_status",
     "print_json",
     "require_extra",
     "status_console",
@@ -52,15 +55,13 @@ def print_json(value: Any) -> None:
 
 
 def new_progress() -> Progress:
-    """The one progress display: a bar with counts and elapsed time, on standard error."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=status_console,
-    )
+    """The one progress display, on standard error."""
+    return progress_on(status_console)
+
+
+def new_status(text: str) -> AbstractContextManager[Status]:
+    """The one display of what is being done where it cannot be counted, on standard error."""
+    return status_on(status_console, text)
 
 
 def require_extra(extra: str, *modules: str) -> None:
