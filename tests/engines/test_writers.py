@@ -57,6 +57,10 @@ def test_a_second_command_is_refused_and_told_who_is_first(tmp_path: Path) -> No
     with refused, claimed_folder(tmp_path, "package", "export"):
         pass
     assert is_held(tmp_path, JOB)
+    (tmp_path / "first.txt").write_text("of a command that has not yet said whose the folder is to be", "utf-8")
+    with pytest.raises(SdqError, match="written by another process"), claimed_folder(tmp_path, "package", "export"):
+        pass
+    (tmp_path / "first.txt").unlink()
     process.communicate()
     with claimed_folder(tmp_path, "package", "export") as folder:  # a lock file does not make it another's
         assert holder(folder, JOB) is not None
