@@ -9,24 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdq_deploy.cli import main
 from sdq_engines.package.store import open_package
+from tests.commands import fewer_options, run
 from tests.test_docs import ROOT, blocks
 
 pytestmark = pytest.mark.slow
-
-#: Fewer of everything; what the recipe says of scheduler, precisions, losses and rates stays.
-FEWER = {
-    "sampling.num_inference_steps": 4,
-    "collect.num_prompts": 4,
-    "collect.validation_prompts": 2,
-    "collect.steps_per_prompt": 2,
-    "calibrate.samples_per_step": 2,
-    "sensitivity.samples": 2,
-    "fit.max_train_steps": 4,
-    "fit.batch_size": 2,
-    "fit.validate_every": 2,
-}
 
 
 def typed(model: Path) -> list[list[str]]:
@@ -43,18 +30,12 @@ def typed(model: Path) -> list[list[str]]:
             named = {"CompVis/stable-diffusion-v1-4": str(model), "tensorrt-rtx": "openvino", "64": "2"}
             words = [named.get(word, word) for word in words[1:]]
             if words[0] == "train":
-                words += [part for key, value in FEWER.items() for part in ("--set", f"{key}={value}")]
+                words += fewer_options()
                 words += [] if "--cpu" in words else ["--cpu"]
             if words[0] == "export" and str(model) in words:
                 words += ["--num-inference-steps", "4"]
             found.append(words)
     return found
-
-
-def run(words: list[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main.run(words)
-    assert exit_.value.code == 0, words
 
 
 def test_each_command_does_what_the_page_says(
@@ -77,7 +58,7 @@ def test_each_command_does_what_the_page_says(
             continue
         if number == 6:  # another road: without a GPU
             Path("run").rename("run-with-a-gpu")
-        run(words)
+        run(*words)
         if "--dry-run" in words:
             assert not Path("run").exists()
             assert "Nothing was written" in capsys.readouterr().out
