@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import sha256_file
+from sdq_export.configs import check_types, read_json
 from sdq_export.inpainting import remember_whole_mask
+from sdq_export.loading import load_model, load_tokenizer, naming
+from sdq_export.model_index import part_class, repair, scheduler_class
 from sdq_export.quantspec import QuantSpec
 from sdq_export.shortcuts import split_shortcuts
 from sdq_export.skeleton import load_skeleton
@@ -39,14 +40,13 @@ class Source:
         revision: the hub's revision, if any.
 
     Raises:
-        SdqError: its pipeline is of no supported family.
-        ValueError: model_index.json is not valid JSON.
+        SdqError: its pipeline is of no supported family, or model_index.json is not valid JSON.
     """
 
     def __init__(self, folder: Path, model: str, revision: str | None) -> None:
         self.folder, self.model, self.revision = folder, model, revision
         self.splits_shortcuts = False
-        self.index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        self.index: dict[str, Any] = read_json(folder, "model_index.json", model)
         self.family = _family(folder, model, self.index)
         self._parts: dict[str, Any] = {}
 
@@ -75,12 +75,16 @@ class Source:
         """A model or tokenizer of the family's `parts`, loaded once.
 
         Raises:
-            SdqError: its files are damaged.
+            SdqError: its files are damaged, or of another class than the family supports.
         """
         if name not in self._parts:
-            loader = self._kind(name)
-            self._parts[name] = self._model(loader, name) if name in self.weighted_parts else self._plain(loader, name)
+            kind = self.kind(name)
+            if name in self.weighted_parts:
+                self._parts[name] = self._model(kind, name)
+            else:
+                self._parts[name] = load_tokenizer(kind, self.folder, name, self.model)
             if name == self.family.denoiser:
+                self._repair(self._parts[name])
                 if self.family.extra_channels(self._parts[name]):
                     remember_whole_mask(self._parts[name], self.vae)
                 if self.splits_shortcuts:
@@ -101,7 +105,10 @@ class Source:
     @cached_property
     def skeleton(self) -> Any:
         """The denoiser's architecture and configuration without its weights, which are not read for it."""
-        model = load_skeleton(self._kind(self.family.denoiser), self.folder / self.family.denoiser)
+        name = self.family.denoiser
+        with naming(f"The {name} of {self.model}"):
+            model = load_skeleton(self.kind(name), self.folder / name)
+        self._repair(model)
         return split_shortcuts(model) if self.splits_shortcuts else model
 
     def release(self, name: str) -> None:
@@ -139,11 +146,25 @@ class Source:
 
     @cached_property
     def scheduler(self) -> Any:
-        """The scheduler that the checkpoint names."""
-        import diffusers
+        """The scheduler that the checkpoint names, with its settings as the pipeline's constructor leaves them."""
+        kind = scheduler_class(self.index, self.model)
+        with naming(f"The scheduler of {self.model}"):
+            found = kind.from_pretrained(self.folder / "scheduler", local_files_only=True)
+        return self._repair(self.skeleton, found)
 
-        name = self.index["scheduler"][1]
-        return getattr(diffusers, name).from_pretrained(self.folder / "scheduler", local_files_only=True)
+    def scheduler_named(self, name: str | None) -> Any:
+        """The scheduler of a command's name, with the checkpoint's noise schedule; None is the checkpoint's own.
+
+        Its settings are as the pipeline's constructor leaves them too, as if the checkpoint had come with it.
+
+        Raises:
+            SdqError: there is none of that name.
+        """
+        from sdq_export.sampler import make_scheduler
+
+        if name is None:
+            return self.scheduler
+        return self._repair(self.skeleton, make_scheduler(name, self.scheduler.config))
 
     def pipeline(self, scheduler: Any, kind: str | None = None) -> Any:
         """diffusers' own pipeline of these parts, silent; `kind` is its class, by default the family's."""
@@ -151,7 +172,7 @@ class Source:
 
         made = getattr(diffusers, kind or self.family.pipeline)(
             **{part: self.part(part) for part in self.family.parts},
-            scheduler=scheduler,
+            scheduler=copy.deepcopy(scheduler),  # the constructor may change its settings
             **self.family.pipeline_options(self),
         )
         made.set_progress_bar_config(disable=True)
@@ -168,32 +189,21 @@ class Source:
         plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
         return plain or [file for file in files if ".fp16" in file.name]
 
-    def _kind(self, name: str) -> Any:
-        """The class that loads a part."""
-        library, _, kind = self.family.parts[name].rpartition(".")
-        return getattr(importlib.import_module(library), kind)
+    def kind(self, name: str) -> Any:
+        """The class that model_index.json names for a part.
 
-    def _plain(self, kind: Any, name: str) -> Any:
-        try:
-            return kind.from_pretrained(self.folder / name, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise SdqError(f"The {name} of {self.model} cannot be loaded: {error}") from error
+        Raises:
+            SdqError: the family does not support it.
+        """
+        return part_class(self.index, self.family, name, self.model)
 
     def _model(self, kind: Any, name: str) -> Any:
-        import torch
+        files = self._weight_files(name)
+        variant = "fp16" if all(".fp16" in file.name for file in files) else None
+        return load_model(kind, self.folder, name, self.model, files, variant)
 
-        variant = "fp16" if all(".fp16" in file.name for file in self._weight_files(name)) else None
-        try:
-            loaded = kind.from_pretrained(
-                self.folder / name,
-                torch_dtype=torch.float32,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SdqError(f"The {name} of {self.model} cannot be loaded: {error}") from error
-        return loaded.eval().requires_grad_(False)
+    def _repair(self, denoiser: Any, scheduler: Any = None) -> Any:
+        return repair(self.index, self.family, self.family.pipeline_options(self), scheduler, denoiser)
 
 
 def load_source(model: str | Path, revision: str | None = None) -> Source:
@@ -214,13 +224,27 @@ def load_source(model: str | Path, revision: str | None = None) -> Source:
             f"{model} is not a diffusers folder: it has no model_index.json.",
             "diffusers makes one of a single file: StableDiffusionPipeline.from_single_file(...).save_pretrained(...).",
         )
-    try:
-        source = Source(folder.resolve(), str(model), revision)
-    except ValueError as error:
-        raise SdqError(f"The model_index.json of {model} is not valid JSON: {error}.") from error
-    for part in source.weighted_parts:
-        _check_weights(source, part)
+    source = Source(folder.resolve(), str(model), revision)
+    for part in source.family.parts:
+        kind = source.kind(part)
+        if part in source.weighted_parts:
+            _check_weights(source, part)
+            _check_config(source, kind, f"{part}/config.json")
+    _check_config(source, scheduler_class(source.index, source.model), "scheduler/scheduler_config.json")
     return source
+
+
+def _check_config(source: Source, kind: Any, name: str) -> None:
+    """Refuse a configuration that is missing, damaged, of another model or of other types than its class declares."""
+    config = read_json(source.folder, name, source.model)
+    if hasattr(kind, "config_class"):  # transformers checks types itself, and takes another model's configuration
+        found, wanted = config.get("model_type"), kind.config_class.model_type
+        if found is not None and not wanted.startswith(str(found)):
+            raise SdqError(
+                f"The file {name} of {source.model} has model_type = {found!r}; a {kind.__name__} wants {wanted!r}."
+            )
+        return
+    check_types(kind, config, name, source.model)
 
 
 def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:

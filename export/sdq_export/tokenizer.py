@@ -10,6 +10,7 @@ from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import tokenizer_file
 from sdq_engines.package.schema import TextInfo
 from sdq_export.families.base import TextEncoder
+from sdq_export.families.text import write_out_vectors
 from sdq_export.source import Source
 
 __all__ = ["text_info", "tokenizer_json"]
@@ -55,4 +56,12 @@ def text_info(source: Source, encoder: TextEncoder) -> TextInfo:
         pad_token_id=int(tokenizer.pad_token_id),
         bos_token_id=-1 if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id),
         eos_token_id=int(tokenizer.eos_token_id),
+        written_out=_written_out(source, tokenizer),
     )
+
+
+def _written_out(source: Source, tokenizer: Any) -> dict[str, str]:
+    """What diffusers' pipeline makes of each added token alone, where it makes something else of it."""
+    tokens = list(tokenizer.added_tokens_encoder)
+    pairs = zip(tokens, write_out_vectors(source, tokenizer, tokens), strict=True)
+    return {token: written for token, written in pairs if written != token}

@@ -237,13 +237,11 @@ def _require_same_sampler(trained: str, trained_steps: int, scheduler: str | Non
 def _open_model(model: str, revision: str | None, scheduler: str | None, steps: int | None) -> _Job:
     """The source and sampler of an unquantized export."""
     from sdq_deploy.models import resolve_model
-    from sdq_export.sampler import compile_sampler, make_scheduler
+    from sdq_export.sampler import compile_sampler
     from sdq_export.source import load_source
 
     source = load_source(resolve_model(model), revision)
-    own = source.scheduler
-    made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
-    plan = compile_sampler(made, source.family.default_steps if steps is None else steps)
+    plan = compile_sampler(source.scheduler_named(scheduler), source.family.default_steps if steps is None else steps)
     return _Job(source, plan, source.family.default_guidance, None)
 
 

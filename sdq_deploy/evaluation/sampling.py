@@ -82,11 +82,10 @@ def _refuse_other_sampler(first: Candidate, scheduler: str | None, steps: int | 
 def _model_sampler(
     reference: Candidate, scheduler: str | None, steps: int | None, guidance_scale: float | None
 ) -> SamplerSettings:
-    from sdq_export.sampler import compile_sampler, make_scheduler
+    from sdq_export.sampler import compile_sampler
 
-    own = load_source(resolve_model(reference.path), reference.source.revision).scheduler
-    made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
-    plan = compile_sampler(made, _DEFAULT_STEPS if steps is None else steps)
+    source = load_source(resolve_model(reference.path), reference.source.revision)
+    plan = compile_sampler(source.scheduler_named(scheduler), _DEFAULT_STEPS if steps is None else steps)
     return SamplerSettings(
         scheduler=plan.scheduler,
         config=plan.config,

@@ -19,7 +19,7 @@ from sdq_deploy.training.prompts import PromptSplit, split_prompts
 from sdq_deploy.training.teacher import make_teacher
 from sdq_export.checkpoint import SamplerSettings, SourceRef
 from sdq_export.quantspec import QuantSpec
-from sdq_export.sampler import SamplerPlan, compile_sampler, make_scheduler
+from sdq_export.sampler import SamplerPlan, compile_sampler
 from sdq_export.sites import find_sites
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
@@ -81,12 +81,8 @@ class TrainingContext:
     def plan(self) -> SamplerPlan:
         """The recipe's sampler, compiled."""
         name = self.recipe.sampling.scheduler
-        scheduler = make_scheduler(None if name == "default" else name, self._scheduler_config())
+        scheduler = self.source.scheduler_named(None if name == "default" else name)
         return compile_sampler(scheduler, self.recipe.sampling.num_inference_steps)
-
-    def _scheduler_config(self) -> dict[str, Any]:
-        scheduler = self.source.scheduler
-        return {"_class_name": type(scheduler).__name__, **scheduler.config}
 
     @cached_property
     def timesteps(self) -> Tensor:

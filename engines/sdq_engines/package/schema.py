@@ -83,6 +83,8 @@ class TextInfo(_Strict):
     pad_token_id: int
     bos_token_id: int
     eos_token_id: int
+    written_out: dict[str, str] = Field(default_factory=dict)
+    """Token of a textual inversion of several vectors -> what a prompt has in its place, a token for each vector."""
 
 
 class SamplerInfo(_Strict):

@@ -45,9 +45,20 @@ class PromptTokenizer:
         """
         return np.array([self._row(prompt) for prompt in prompts], np.int64).reshape(len(prompts), self.info.max_length)
 
+    def _write_out(self, prompt: str) -> str:
+        """The prompt with a token for each vector of a textual inversion, as diffusers' `maybe_convert_prompt`."""
+        if not self.info.written_out:
+            return prompt
+        found = set(self._tokenizer.encode(prompt, add_special_tokens=False).tokens)
+        for token, replacement in self.info.written_out.items():
+            if token in found:
+                prompt = prompt.replace(token, replacement)
+        return prompt
+
     def _row(self, prompt: str) -> list[int]:
         info = self.info
         begin = [info.bos_token_id] if info.bos_token_id >= 0 else []
+        prompt = self._write_out(prompt)
         encoded = self._tokenizer.encode(prompt, add_special_tokens=False)
         ids = encoded.ids
         room = info.max_length - len(begin) - 1

@@ -12,7 +12,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from sdq_engines.errors import SdqError
 from sdq_export.conditioning import Conditioning
+from sdq_export.families.text import padded_length, write_out_vectors
 from sdq_export.step_state import StepState
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class TextEncoder:
         outputs: what it gives. Outputs of one name from several encoders are joined along the last axis, in order.
         wrap: the encoder -> the module that is captured: ``input_ids`` int64 [n, L] to a tuple of the outputs.
         max_length: L; None for the tokenizer's own.
+        length_of: the tokenizer whose own length is taken; None for `tokenizer`.
     """
 
     component: str
@@ -41,15 +44,17 @@ class TextEncoder:
     outputs: tuple[str, ...]
     wrap: Callable[[nn.Module], nn.Module]
     max_length: int | None = None
+    length_of: str | None = None
 
     def length(self, source: Source) -> int:
         """L, the tokens of a padded prompt."""
-        return self.max_length or int(source.part(self.tokenizer).model_max_length)
+        return self.max_length or padded_length(source, self.length_of or self.tokenizer, self.component)
 
     def token_ids(self, source: Source, prompts: Sequence[str]) -> Tensor:
         """int64 [n, L], padded and cut."""
-        ids: Tensor = source.part(self.tokenizer)(
-            list(prompts),
+        tokenizer = source.part(self.tokenizer)
+        ids: Tensor = tokenizer(
+            write_out_vectors(source, tokenizer, prompts),
             padding="max_length",
             max_length=self.length(source),
             truncation=True,
@@ -133,6 +138,22 @@ class Family(ABC):
     @abstractmethod
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         """(C, h, w) of one image's latents at the checkpoint's own size."""
+
+    def latent_size(self, source: Source) -> tuple[int, int]:
+        """(h, w) by the denoiser's own sample size.
+
+        Raises:
+            SdqError: it names none.
+        """
+        size = source.skeleton.config.sample_size
+        height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
+            raise SdqError(
+                f"The file {self.denoiser}/config.json of {source.model} has sample_size = {size!r}; the height and "
+                "width of the latents are wanted.",
+                'Set it, for example "sample_size": 64 for images of 512x512 pixels.',
+            )
+        return height, width
 
     def extra_channels(self, denoiser: nn.Module) -> int:
         """How many channels the denoiser takes beside the latents, for inpainting: 1 of the mask, C of the image.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sdq_engines.errors import SdqError
 from sdq_export.conditioning import TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import LastHiddenState
+from sdq_export.families.text import LastHiddenState, check_text_encoders
 from sdq_export.families.time_path import NoTimeProjection, StepRow
 from sdq_export.families.unet import (
     BLOCKS,
@@ -55,6 +55,7 @@ class StableDiffusion(Family):
 
     def check_source(self, source: Source) -> None:
         check_conditions(source.skeleton)
+        check_text_encoders(source)
         if getattr(source.part("text_encoder").config, "use_attention_mask", None):
             raise SdqError(
                 "The text encoder's use_attention_mask=True is not supported: packages encode padded prompts."

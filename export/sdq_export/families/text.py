@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-__all__ = ["LastHiddenState", "PenultimateAndPooled", "PenultimateHiddenState"]
+from sdq_engines.errors import SdqError
+
+if TYPE_CHECKING:
+    from sdq_export.source import Source
+
+__all__ = [
+    "LastHiddenState",
+    "PenultimateAndPooled",
+    "PenultimateHiddenState",
+    "check_text_encoders",
+    "padded_length",
+    "write_out_vectors",
+]
+
+_NO_LENGTH = 10**20
+"""A tokenizer whose configuration says no length says 10^30."""
 
 
 class LastHiddenState(nn.Module):
@@ -41,3 +57,65 @@ class PenultimateAndPooled(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         output = self.text_encoder(input_ids, output_hidden_states=True)
         return output.hidden_states[-2], output.text_embeds
+
+
+def padded_length(source: Source, tokenizer: str, component: str) -> int:
+    """L, the tokens of a padded prompt, begin and end marks included: what the tokenizer says, or else the encoder.
+
+    Args:
+        source: the checkpoint.
+        tokenizer: whose `model_max_length` the pipeline pads to.
+        component: the text encoder, for the number of its positions.
+
+    Raises:
+        SdqError: the tokenizer says another thing than a length, or more than the encoder has positions.
+    """
+    said = source.part(tokenizer).model_max_length
+    positions = int(source.part(component).config.max_position_embeddings)
+    if not isinstance(said, int | float) or said < 3 or positions < said < _NO_LENGTH:
+        raise SdqError(
+            f"{tokenizer}/tokenizer_config.json of {source.model} has model_max_length = {said!r}; the {component} has "
+            f"{positions} positions.",
+            f"Set model_max_length to {positions}, or leave it out.",
+        )
+    return int(said) if said < _NO_LENGTH else positions
+
+
+def write_out_vectors(source: Source, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts in which the token of a textual inversion of several vectors stands for all of them.
+
+    Where the family's pipeline of diffusers does so (its `maybe_convert_prompt`): ``<dog>`` becomes
+    ``<dog> <dog>_1 <dog>_2`` if the tokenizer has these.
+    """
+    import diffusers
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    if not issubclass(getattr(diffusers, source.family.pipeline), TextualInversionLoaderMixin):
+        return list(prompts)
+    written: list[str] = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
+    return written
+
+
+def check_text_encoders(source: Source) -> None:
+    """Refuse tokenizers and text encoders that do not belong together.
+
+    Raises:
+        SdqError: a tokenizer has more tokens than its encoder has embeddings, or the lengths of prompts differ.
+    """
+    lengths = {}
+    for encoder in source.family.text_encoders:
+        tokenizer, model = source.part(encoder.tokenizer), source.part(encoder.component)
+        if len(tokenizer) > model.config.vocab_size:
+            raise SdqError(
+                f"The {encoder.tokenizer} of {source.model} has {len(tokenizer)} tokens, the {encoder.component} "
+                f"embeddings of {model.config.vocab_size}.",
+                "Save both from one pipeline, for example after its load_textual_inversion.",
+            )
+        lengths[encoder.outputs[0], encoder.length(source)] = encoder.tokenizer
+    if len(lengths) > len({output for output, _ in lengths}):
+        said = ", ".join(f"{name} {length}" for (_, length), name in lengths.items())
+        raise SdqError(
+            f"The tokenizers of {source.model} pad prompts to different lengths ({said}), and their embeddings are "
+            "joined side by side.",
+            "Set model_max_length in their tokenizer_config.json to one number.",
+        )
