@@ -52,22 +52,33 @@ def check_types(kind: Any, config: dict[str, Any], name: str, model: str) -> Non
     """
     parameters = inspect.signature(kind.__init__).parameters
     for key, value in config.items():
-        if key in parameters and not _admits(parameters[key].annotation, value):
-            wanted = parameters[key].annotation
+        if key in parameters and not _admits(parameters[key], value):
             raise SdqError(
-                f"The file {name} of {model} has {key} = {json.dumps(value)}; a {kind.__name__} wants "
-                f"{wanted.__name__ if isinstance(wanted, type) else wanted}.",
+                f"The file {name} of {model} has {key} = {json.dumps(value)}; {kind.__name__} wants "
+                f"{_in_words(parameters[key].annotation)}.",
                 "Correct the value in the file.",
             )
 
 
-def _admits(annotation: Any, value: Any) -> bool:
+def _admits(parameter: inspect.Parameter, value: Any) -> bool:
+    if value is None:
+        return parameter.annotation not in (int, float) or parameter.default is None
+    return _is_of(parameter.annotation, value)
+
+
+def _in_words(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(repr, get_args(annotation)))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _is_of(annotation: Any, value: Any) -> bool:
     """Whether a JSON value is of an annotated type; what cannot be told from JSON is admitted."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if value is None or annotation is inspect.Parameter.empty:
         return True
     if origin in (Union, UnionType):
-        return any(_admits(each, value) for each in inner)
+        return any(_is_of(each, value) for each in inner)
     if annotation is str or origin is Literal:
         return isinstance(value, str)
     if annotation is bool:
@@ -78,5 +89,5 @@ def _admits(annotation: Any, value: Any) -> bool:
         return isinstance(value, int | float)
     if (origin or annotation) in (tuple, list):
         kinds = [each for each in inner if each is not Ellipsis]
-        return isinstance(value, list) and all(any(_admits(kind, each) for kind in kinds or [Any]) for each in value)
+        return isinstance(value, list) and all(any(_is_of(kind, each) for kind in kinds or [Any]) for each in value)
     return annotation is not type(None)

@@ -27,14 +27,15 @@ def naming(what: str, hint: str = _AGAIN) -> Iterator[None]:
     """Turn whatever another library raises in the block into one sentence about `what`.
 
     Raises:
-        SdqError: in place of any other exception, with the first line of its text.
+        SdqError: in place of any other exception, with the beginning of its text.
     """
     try:
         yield
     except (SdqError, MemoryError):
         raise
     except Exception as error:  # two libraries, and what they call in turn, raise two dozen types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason is given"
+        first, *more = str(error).strip().splitlines() or ["no reason is given"]
+        reason = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
         if not isinstance(error, OSError | ValueError | RuntimeError):
             reason = f"{type(error).__name__}: {reason}"
         raise SdqError(f"{what} cannot be loaded: {reason}", hint) from error
@@ -59,6 +60,9 @@ def load_model(kind: Any, folder: Path, name: str, model: str, files: list[Path]
             class itself declares as ignorable (old checkpoints' position_ids) may be there or not.
     """
     what = f"The {name} of {model}"
+    for file in files:
+        with naming(f"The file {name}/{file.name} of {model}"), safe_open(file, framework="np"):
+            pass  # a header that promises more bytes than there are is refused
     # transformers lists what is of another shape only when told to go on; diffusers goes on at the cost of memory
     lists_shapes = {"ignore_mismatched_sizes": True} if hasattr(kind, "config_class") else {}
     with naming(what):
@@ -79,7 +83,7 @@ def load_model(kind: Any, folder: Path, name: str, model: str, files: list[Path]
     for key, stored, wanted in found["mismatched_keys"]:
         raise _other_shape(name, model, key, wanted, stored)
     _refuse_keys(what, "lacks tensors that it needs", found["missing_keys"])
-    _refuse_keys(what, f"has tensors that a {kind.__name__} does not take", found["unexpected_keys"])
+    _refuse_keys(what, f"has tensors that {kind.__name__} does not take", found["unexpected_keys"])
     for said in found["error_msgs"]:
         raise SdqError(f"{what} cannot be loaded: {said}", _AGAIN)
     _refuse_infinite(loaded, folder, model, files)
@@ -117,7 +121,7 @@ def _require_vocabulary(kind: Any, folder: Path, name: str, model: str) -> None:
 
 
 def _other_shape(name: str, model: str, key: str, wanted: Any, stored: Any) -> SdqError:
-    shapes = [str(list(shape)) if isinstance(shape, torch.Size) else str(shape) for shape in (stored, wanted)]
+    shapes = [str(shape).removeprefix("torch.Size(").removesuffix(")") for shape in (stored, wanted)]
     return SdqError(
         f"The tensor {key} of the {name} of {model} has shape {shapes[0]}; by {name}/config.json it has {shapes[1]}.",
         "The weights and the configuration belong to different models: take both from one.",

@@ -148,7 +148,7 @@ class Source:
     def scheduler(self) -> Any:
         """The scheduler that the checkpoint names, with its settings as the pipeline's constructor leaves them."""
         kind = scheduler_class(self.index, self.model)
-        with naming(f"The scheduler of {self.model}"):
+        with naming(f"The scheduler of {self.model} (scheduler/scheduler_config.json)"):
             found = kind.from_pretrained(self.folder / "scheduler", local_files_only=True)
         return self._repair(self.skeleton, found)
 
@@ -241,7 +241,7 @@ def _check_config(source: Source, kind: Any, name: str) -> None:
         found, wanted = config.get("model_type"), kind.config_class.model_type
         if found is not None and not wanted.startswith(str(found)):
             raise SdqError(
-                f"The file {name} of {source.model} has model_type = {found!r}; a {kind.__name__} wants {wanted!r}."
+                f"The file {name} of {source.model} has model_type = {found!r}; {kind.__name__} wants {wanted!r}."
             )
         return
     check_types(kind, config, name, source.model)
@@ -251,6 +251,11 @@ def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
     from sdq_export.families import FAMILIES, family_of_checkpoint
 
     family = family_of_checkpoint(folder, index)
+    if index.get("_class_name") is None:
+        raise SdqError(
+            f"The model_index.json of {model} names no pipeline.",
+            'Add its class, for example "_class_name": "StableDiffusionPipeline".',
+        )
     if family is None:
         known = ", ".join(dict.fromkeys(name for each in FAMILIES for name in each.pipelines))
         raise SdqError(

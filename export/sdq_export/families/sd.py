@@ -55,7 +55,7 @@ class StableDiffusion(Family):
 
     def check_source(self, source: Source) -> None:
         check_conditions(source.skeleton)
-        check_text_encoders(source)
+        check_text_encoders(source, source.skeleton.config.cross_attention_dim)
         if getattr(source.part("text_encoder").config, "use_attention_mask", None):
             raise SdqError(
                 "The text encoder's use_attention_mask=True is not supported: packages encode padded prompts."

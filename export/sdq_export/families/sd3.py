@@ -75,9 +75,9 @@ class StableDiffusion3(Family):
         return super().fits(folder, index) and not _has_t5(folder, index)
 
     def check_source(self, source: Source) -> None:
-        check_text_encoders(source)
-        check_vae(source)
         config = source.skeleton.config
+        check_text_encoders(source, config.pooled_projection_dim)
+        check_vae(source)
         if config.pos_embed_max_size is None:
             raise SdqError(
                 "The denoiser's pos_embed_max_size=None is not supported; Stable Diffusion 3 crops from one."

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
+from sdq_export.conditioning import TEXT_INPUT
+from sdq_export.loading import naming
 
 if TYPE_CHECKING:
     from sdq_export.source import Source
@@ -96,13 +98,18 @@ def write_out_vectors(source: Source, tokenizer: Any, prompts: Sequence[str]) ->
     return written
 
 
-def check_text_encoders(source: Source) -> None:
-    """Refuse tokenizers and text encoders that do not belong together.
+def check_text_encoders(source: Source, width: Any) -> None:
+    """Refuse tokenizers and text encoders that do not belong together, or that cannot encode the empty prompt.
+
+    Args:
+        source: the checkpoint.
+        width: of the CLIP encoders' embeddings side by side, as the denoiser takes them; a list is left to diffusers.
 
     Raises:
-        SdqError: a tokenizer has more tokens than its encoder has embeddings, or the lengths of prompts differ.
+        SdqError: a tokenizer has more tokens than its encoder has embeddings, the lengths of prompts differ, an
+            encoder fails by settings that transformers takes and cannot compute with, or is not the denoiser's.
     """
-    lengths = {}
+    lengths, widths = {}, 0
     for encoder in source.family.text_encoders:
         tokenizer, model = source.part(encoder.tokenizer), source.part(encoder.component)
         if len(tokenizer) > model.config.vocab_size:
@@ -112,10 +119,19 @@ def check_text_encoders(source: Source) -> None:
                 "Save both from one pipeline, for example after its load_textual_inversion.",
             )
         lengths[encoder.outputs[0], encoder.length(source)] = encoder.tokenizer
+        if encoder.max_length is None:  # a T5 of billions of parameters is not run for it
+            with naming(f"The {encoder.component} of {source.model}"):
+                widths += encoder.encode(source, [""])[TEXT_INPUT].shape[-1]
     if len(lengths) > len({output for output, _ in lengths}):
         said = ", ".join(f"{name} {length}" for (_, length), name in lengths.items())
         raise SdqError(
             f"The tokenizers of {source.model} pad prompts to different lengths ({said}), and their embeddings are "
             "joined side by side.",
             "Set model_max_length in their tokenizer_config.json to one number.",
+        )
+    if isinstance(width, int) and widths != width:
+        raise SdqError(
+            f"The text encoders of {source.model} give embeddings of {widths} channels; the {source.family.denoiser} "
+            f"takes {width}.",
+            "Take all of them from one model.",
         )
