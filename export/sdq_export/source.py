@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib
 import json
 from functools import cached_property
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdq_engines.errors import SdqError
-from sdq_engines.files import sha256_file
 from sdq_export.inpainting import remember_whole_mask
 from sdq_export.quantspec import QuantSpec
 from sdq_export.shortcuts import split_shortcuts
 from sdq_export.skeleton import load_skeleton
+from sdq_export.source_files import identity_of, part_hashes
 
 if TYPE_CHECKING:
     from sdq_export.families import Family
@@ -51,21 +50,19 @@ class Source:
         self._parts: dict[str, Any] = {}
 
     @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Part -> hash over the files of it that are read, model_index.json among them (`source_files`)."""
+        return part_hashes(self)
+
+    @cached_property
     def sha256(self) -> str:
-        """Hash over the denoiser's weight files, in hexadecimal."""
-        return self.weights_sha256(self.family.denoiser)
+        """One hash over all parts, in hexadecimal."""
+        return identity_of(self.hashes)
 
     @property
     def weighted_parts(self) -> list[str]:
         """The parts that have weights: denoiser, VAE, text encoders."""
         return [part for part in self.family.parts if not part.startswith("tokenizer")]
-
-    def weights_sha256(self, part: str) -> str:
-        """Hash over the weight files of a part such as "unet" or "text_encoder", in hexadecimal."""
-        files = self._weight_files(part)
-        if len(files) == 1:
-            return sha256_file(files[0])
-        return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
     def part(self, name: str) -> Any:
         """A model or tokenizer of the family's `parts`, loaded once.
@@ -74,7 +71,7 @@ class Source:
             SdqError: its files are damaged.
         """
         if name not in self._parts:
-            loader = self._kind(name)
+            loader = self.kind(name)
             self._parts[name] = self._model(loader, name) if name in self.weighted_parts else self._plain(loader, name)
             if name == self.family.denoiser:
                 if self.family.extra_channels(self._parts[name]):
@@ -97,7 +94,7 @@ class Source:
     @cached_property
     def skeleton(self) -> Any:
         """The denoiser's architecture and configuration without its weights, which are not read for it."""
-        model = load_skeleton(self._kind(self.family.denoiser), self.folder / self.family.denoiser)
+        model = load_skeleton(self.kind(self.family.denoiser), self.folder / self.family.denoiser)
         return split_shortcuts(model) if self.splits_shortcuts else model
 
     def release(self, name: str) -> None:
@@ -158,13 +155,13 @@ class Source:
         """The licence that travels with the package, if the checkpoint brings one."""
         return next(iter(sorted(self.folder.glob("LICENSE*"))), None)
 
-    def _weight_files(self, part: str) -> list[Path]:
+    def weight_files(self, part: str) -> list[Path]:
         """The part's safetensors: the plain ones where there are any, else the fp16 variant's."""
         files = sorted((self.folder / part).glob("*.safetensors"))
         plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
         return plain or [file for file in files if ".fp16" in file.name]
 
-    def _kind(self, name: str) -> Any:
+    def kind(self, name: str) -> Any:
         """The class that loads a part."""
         library, _, kind = self.family.parts[name].rpartition(".")
         return getattr(importlib.import_module(library), kind)
@@ -178,7 +175,7 @@ class Source:
     def _model(self, kind: Any, name: str) -> Any:
         import torch
 
-        variant = "fp16" if all(".fp16" in file.name for file in self._weight_files(name)) else None
+        variant = "fp16" if all(".fp16" in file.name for file in self.weight_files(name)) else None
         try:
             loaded = kind.from_pretrained(
                 self.folder / name,
@@ -192,12 +189,13 @@ class Source:
         return loaded.eval().requires_grad_(False)
 
 
-def load_source(model: str | Path, revision: str | None = None) -> Source:
+def load_source(model: str | Path, revision: str | None = None, named: str | None = None) -> Source:
     """Find a checkpoint and check that it can be used, before any weight is read.
 
     Args:
         model: a local folder in diffusers' layout, or a hub id such as "CompVis/stable-diffusion-v1-4".
         revision: branch, tag or commit on the hub.
+        named: what the user called it, where `model` was made of that.
 
     Raises:
         SdqError: it does not exist, is no diffusers folder, is another pipeline, or holds pickles only.
@@ -208,10 +206,10 @@ def load_source(model: str | Path, revision: str | None = None) -> Source:
     if not (folder / "model_index.json").is_file():
         raise SdqError(
             f"{model} is not a diffusers folder: it has no model_index.json.",
-            "diffusers makes one of a single file: StableDiffusionPipeline.from_single_file(...).save_pretrained(...).",
+            "Give the folder that has it, or the model as one .safetensors file.",
         )
     try:
-        source = Source(folder.resolve(), str(model), revision)
+        source = Source(folder.resolve(), named or str(model), revision)
     except ValueError as error:
         raise SdqError(f"The model_index.json of {model} is not valid JSON: {error}.") from error
     for part in source.weighted_parts:
@@ -232,7 +230,7 @@ def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
 
 
 def _check_weights(source: Source, part: str) -> None:
-    if source._weight_files(part):
+    if source.weight_files(part):
         return
     pickles = [file.name for file in (source.folder / part).glob("*") if file.suffix in _PICKLES]
     if pickles:

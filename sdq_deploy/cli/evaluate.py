@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.shared import (
+    ConfigOption,
+    JsonOption,
+    VaeFromOption,
+    console,
+    new_progress,
+    print_json,
+    require_extra,
+    status_console,
+)
 from sdq_deploy.models import EMBEDDED
 from sdq_engines.errors import SdqError
 
@@ -47,6 +56,8 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The floating-point model; by default the candidates' source.")
     ] = None,
+    config: ConfigOption = None,
+    vae_from: VaeFromOption = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="UTF-8 text, one prompt per line.")] = None,
     split: Annotated[
         _Split | None, typer.Option("--split", help="Captions of shapes-64 in place of a file.", show_default=False)
@@ -106,12 +117,14 @@ def evaluate(
     from sdq_deploy.evaluation.sampling import agree_on_sampler
     from sdq_deploy.evaluation.settings import EvaluationSettings
     from sdq_deploy.libraries import quiet_libraries
+    from sdq_export.single_file import FromFile
 
     limits = parse_limits(fail_below)
     quiet_libraries()
     with status_console.status("opening the candidates"):
-        found = open_candidates(candidates, engine)
-        model = find_reference(found, reference)
+        from_file = FromFile.of(config, vae_from)
+        found = open_candidates(candidates, engine, reference, from_file)
+        model = find_reference(found, reference, from_file)
         sampler = agree_on_sampler(found, model, scheduler, num_inference_steps, guidance_scale)
         settings = EvaluationSettings(
             out=out,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,9 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from sdq_engines.errors import SdqError
 
 __all__ = [
+    "ConfigOption",
     "Interrupted",
     "InterruptibleGroup",
     "JsonOption",
+    "VaeFromOption",
     "console",
     "new_progress",
     "print_json",
@@ -28,6 +31,22 @@ __all__ = [
 console = Console(highlight=False)
 status_console = Console(stderr=True, highlight=False)
 
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FOLDER|ID",
+        help="Of a MODEL that is one file: the diffusers folder or hub id with its configuration, "
+        "or a folder with its tokenizer/.",
+        show_default=False,
+    ),
+]
+VaeFromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--vae-from", metavar="FILE", help="Of a MODEL that is one file: take the VAE of this file.", show_default=False
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON for machines.")]
 
 
