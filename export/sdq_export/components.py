@@ -202,8 +202,7 @@ def _capture_part(source: Source, part: str, key: tuple[Hashable, ...], make: Ca
     """
     if source.weights_bytes(part) > KEPT_BYTES:
         return make()
-    config = (source.folder / part / "config.json").read_bytes()
-    return capture_once((source.weights_sha256(part), config, *key), make)
+    return capture_once((source.hashes[part], *key), make)
 
 
 def _stored(source: Source, part: str, dtype: Dtype, integers: IntegerDtype | None) -> nn.Module:

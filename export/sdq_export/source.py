@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdq_engines.errors import SdqError
-from sdq_engines.files import sha256_file
 from sdq_export.configs import check_types, read_json
 from sdq_export.inpainting import remember_whole_mask
 from sdq_export.loading import load_model, load_tokenizer, naming
@@ -17,6 +15,7 @@ from sdq_export.model_index import part_class, repair, scheduler_class
 from sdq_export.quantspec import QuantSpec
 from sdq_export.shortcuts import split_shortcuts
 from sdq_export.skeleton import load_skeleton
+from sdq_export.source_files import identity_of, part_hashes
 
 if TYPE_CHECKING:
     from sdq_export.families import Family
@@ -51,25 +50,23 @@ class Source:
         self._parts: dict[str, Any] = {}
 
     @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Part -> hash over the files of it that are read, model_index.json among them (`source_files`)."""
+        return part_hashes(self)
+
+    @cached_property
     def sha256(self) -> str:
-        """Hash over the denoiser's weight files, in hexadecimal."""
-        return self.weights_sha256(self.family.denoiser)
+        """One hash over all parts, in hexadecimal."""
+        return identity_of(self.hashes)
 
     @property
     def weighted_parts(self) -> list[str]:
         """The parts that have weights: denoiser, VAE, text encoders."""
         return [part for part in self.family.parts if not part.startswith("tokenizer")]
 
-    def weights_sha256(self, part: str) -> str:
-        """Hash over the weight files of a part such as "unet" or "text_encoder", in hexadecimal."""
-        files = self._weight_files(part)
-        if len(files) == 1:
-            return sha256_file(files[0])
-        return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
-
     def weights_bytes(self, part: str) -> int:
         """Bytes of the weight files of a part."""
-        return sum(file.stat().st_size for file in self._weight_files(part))
+        return sum(file.stat().st_size for file in self.weight_files(part))
 
     def part(self, name: str) -> Any:
         """A model or tokenizer of the family's `parts`, loaded once.
@@ -183,7 +180,7 @@ class Source:
         """The licence that travels with the package, if the checkpoint brings one."""
         return next(iter(sorted(self.folder.glob("LICENSE*"))), None)
 
-    def _weight_files(self, part: str) -> list[Path]:
+    def weight_files(self, part: str) -> list[Path]:
         """The part's safetensors: the plain ones where there are any, else the fp16 variant's."""
         files = sorted((self.folder / part).glob("*.safetensors"))
         plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
@@ -198,7 +195,7 @@ class Source:
         return part_class(self.index, self.family, name, self.model)
 
     def _model(self, kind: Any, name: str) -> Any:
-        files = self._weight_files(name)
+        files = self.weight_files(name)
         variant = "fp16" if all(".fp16" in file.name for file in files) else None
         return load_model(kind, self.folder, name, self.model, files, variant)
 
@@ -206,12 +203,13 @@ class Source:
         return repair(self.index, self.family, self.family.pipeline_options(self), scheduler, denoiser)
 
 
-def load_source(model: str | Path, revision: str | None = None) -> Source:
+def load_source(model: str | Path, revision: str | None = None, named: str | None = None) -> Source:
     """Find a checkpoint and check that it can be used, before any weight is read.
 
     Args:
         model: a local folder in diffusers' layout, or a hub id such as "CompVis/stable-diffusion-v1-4".
         revision: branch, tag or commit on the hub.
+        named: what the user called it, where `model` was made of that.
 
     Raises:
         SdqError: it does not exist, is no diffusers folder, is another pipeline, or holds pickles only.
@@ -222,9 +220,9 @@ def load_source(model: str | Path, revision: str | None = None) -> Source:
     if not (folder / "model_index.json").is_file():
         raise SdqError(
             f"{model} is not a diffusers folder: it has no model_index.json.",
-            "diffusers makes one of a single file: StableDiffusionPipeline.from_single_file(...).save_pretrained(...).",
+            "Give the folder that has it, or the model as one .safetensors file.",
         )
-    source = Source(folder.resolve(), str(model), revision)
+    source = Source(folder.resolve(), named or str(model), revision)
     for part in source.family.parts:
         kind = source.kind(part)
         if part in source.weighted_parts:
@@ -265,7 +263,7 @@ def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
 
 
 def _check_weights(source: Source, part: str) -> None:
-    if source._weight_files(part):
+    if source.weight_files(part):
         return
     pickles = [file.name for file in (source.folder / part).glob("*") if file.suffix in _PICKLES]
     if pickles:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdq_deploy.cli.shared import (
+    ConfigOption,
     JsonOption,
+    VaeFromOption,
     console,
     new_progress,
     new_status,
@@ -56,6 +58,8 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The floating-point model; by default the candidates' source.")
     ] = None,
+    config: ConfigOption = None,
+    vae_from: VaeFromOption = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="UTF-8 text, one prompt per line.")] = None,
     split: Annotated[
         _Split | None, typer.Option("--split", help="Captions of shapes-64 in place of a file.", show_default=False)
@@ -115,12 +119,14 @@ def evaluate(
     from sdq_deploy.evaluation.sampling import agree_on_sampler
     from sdq_deploy.evaluation.settings import EvaluationSettings
     from sdq_deploy.libraries import quiet_libraries
+    from sdq_export.single_file import FromFile
 
     limits = parse_limits(fail_below)
     quiet_libraries()
     with new_status("opening the candidates"):
-        found = open_candidates(candidates, engine)
-        model = find_reference(found, reference)
+        from_file = FromFile.of(config, vae_from)
+        found = open_candidates(candidates, engine, reference, from_file)
+        model = find_reference(found, reference, from_file)
         sampler = agree_on_sampler(found, model, scheduler, num_inference_steps, guidance_scale)
         settings = EvaluationSettings(
             out=out,

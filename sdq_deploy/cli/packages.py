@@ -20,7 +20,16 @@ from sdq_deploy.cli.package_output import (
     print_parity,
     say,
 )
-from sdq_deploy.cli.shared import JsonOption, new_progress, new_status, print_json, require_extra, status_console
+from sdq_deploy.cli.shared import (
+    ConfigOption,
+    JsonOption,
+    VaeFromOption,
+    new_progress,
+    new_status,
+    print_json,
+    require_extra,
+    status_console,
+)
 
 if TYPE_CHECKING:
     from sdq_deploy.cli.progress import Status
@@ -251,6 +260,8 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="Also time diffusers, eager FP32, on this MODEL (needs the extra train).")
     ] = None,
+    config: ConfigOption = None,
+    vae_from: VaeFromOption = None,
     json: JsonOption = False,
 ) -> None:
     """Time a package: each component and the whole call, warm, median.
@@ -274,7 +285,7 @@ def bench(
         eager = None
         if against is not None:
             status.update("diffusers: loading")
-            eager = _time_diffusers(against, checked.manifest, batch, runs)
+            eager = _time_diffusers(against, config, vae_from, checked.manifest, batch, runs)
     if json:
         print_json({"engines": reports, "diffusers": eager})
     elif eager is not None:
@@ -333,10 +344,17 @@ def _save(result: PipelineOutput, out: Path) -> list[str]:
     return files
 
 
-def _time_diffusers(model: str, manifest: Any, batch: int, runs: int) -> dict[str, Any]:
+def _time_diffusers(
+    model: str, config: str | None, vae_from: Path | None, manifest: Any, batch: int, runs: int
+) -> dict[str, Any]:
     require_extra("train", "torch", "diffusers", "transformers")
     from dataclasses import asdict
 
     from sdq_deploy.cli.eager import time_eager
+    from sdq_deploy.libraries import quiet_libraries
+    from sdq_deploy.models import open_model
+    from sdq_export.single_file import FromFile
 
-    return {name: asdict(timing) for name, timing in time_eager(model, manifest, batch, runs).items()}
+    quiet_libraries()
+    source = open_model(model, from_file=FromFile.of(config, vae_from))
+    return {name: asdict(timing) for name, timing in time_eager(source, manifest, batch, runs).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,9 +17,11 @@ from sdq_deploy.cli.progress import Status, progress_on, status_on
 from sdq_engines.errors import SdqError
 
 __all__ = [
+    "ConfigOption",
     "Interrupted",
     "InterruptibleGroup",
     "JsonOption",
+    "VaeFromOption",
     "console",
     "new_progress",
     "new_status",
@@ -31,6 +34,22 @@ __all__ = [
 console = Console(highlight=False)
 status_console = Console(stderr=True, highlight=False)
 
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FOLDER|ID",
+        help="Of a MODEL that is one file: the diffusers folder or hub id with its configuration, "
+        "or a folder with its tokenizer/.",
+        show_default=False,
+    ),
+]
+VaeFromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--vae-from", metavar="FILE", help="Of a MODEL that is one file: take the VAE of this file.", show_default=False
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON for machines.")]
 
 

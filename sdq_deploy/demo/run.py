@@ -257,13 +257,14 @@ def _add_variant(
 def _latencies(demo: _Demo, packages: Mapping[str, Path]) -> None:
     from sdq_deploy.cli.eager import time_eager
     from sdq_engines.package.store import open_package
+    from sdq_export.source import load_source
 
     opened = {name: open_package(folder, verify="cached") for name, folder in packages.items()}
     for name, package in opened.items():
         for engine in package.manifest.engines:
             demo.engines.append(_engine_figures(name, package, engine))
     with new_status("diffusers, eager FP32"):
-        eager = time_eager(EMBEDDED, opened["W4A8"].manifest, batch=1, runs=10)
+        eager = time_eager(load_source(resolve_model(EMBEDDED)), opened["W4A8"].manifest, batch=1, runs=10)
     demo.engines.append(
         EngineFigures(
             package="FP",

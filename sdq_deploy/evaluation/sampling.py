@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdq_deploy.evaluation.candidates import Candidate
-from sdq_deploy.models import resolve_model
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import SamplerSettings
 from sdq_export.source import load_source
@@ -84,7 +83,7 @@ def _model_sampler(
 ) -> SamplerSettings:
     from sdq_export.sampler import compile_sampler
 
-    source = load_source(resolve_model(reference.path), reference.source.revision)
+    source = load_source(reference.model_folder)
     plan = compile_sampler(source.scheduler_named(scheduler), _DEFAULT_STEPS if steps is None else steps)
     return SamplerSettings(
         scheduler=plan.scheduler,
