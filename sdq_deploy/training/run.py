@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sdq_deploy.training.optimizer import check_optimizer
 from sdq_deploy.training.prepare import is_prepared, prepare_model
 from sdq_deploy.training.runner import run_stages
 from sdq_engines.errors import SdqError
-from sdq_engines.files import claim_output
+from sdq_engines.files import claimed_folder
 from sdq_export.source import Source
 
 __all__ = ["make_accelerator", "read_settings", "recorded_settings", "run_training"]
@@ -78,7 +79,7 @@ def run_training(
 
     Raises:
         SdqError: the output is not ours, holds a run and `resume` is not given, or the settings do not work;
-            the method does not fit the precision or the processes.
+            the method does not fit the precision or the processes; another training writes to the output.
         KeyboardInterrupt: with the command that continues as its message.
     """
     from sdq_deploy.cli.shared import new_progress
@@ -87,24 +88,29 @@ def run_training(
     check_optimizer(settings.recipe.fit)
     accelerator = make_accelerator(settings.recipe, cpu=cpu)
     check_method(settings.recipe, accelerator.num_processes)
-    if accelerator.is_main_process:
-        _claim(settings, resume)
-    accelerator.wait_for_everyone()
-    progress = new_progress()
-    progress.disable = quiet or not accelerator.is_main_process
-    try:
-        with progress:
-            loaded, ran = _model(settings, source, accelerator, progress)
-            loaded.family.check_source(loaded)  # what could not be exported is not trained
-            context = TrainingContext(settings, loaded, accelerator, progress)
-            with _restored_denoiser(context):
-                if dataset is not None and accelerator.is_main_process:
-                    _adopt_dataset(context, dataset)
-                accelerator.wait_for_everyone()
-                identity = context.folder.read_identity() if is_prepared(settings) else loaded.sha256
-                return [*ran, *run_stages(context, recorded_settings(settings) | {"identity": identity})]
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"Continue with: {resume_command(settings)}") from interrupt
+    with _claimed(settings, resume) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        progress = new_progress()
+        progress.disable = quiet or not accelerator.is_main_process
+        try:
+            with progress:
+                return _train(settings, source, dataset, accelerator, progress)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"Continue with: {resume_command(settings)}") from interrupt
+
+
+def _train(
+    settings: TrainingSettings, source: Source | None, dataset: Path | None, accelerator: Any, progress: Any
+) -> list[str]:
+    loaded, ran = _model(settings, source, accelerator, progress)
+    loaded.family.check_source(loaded)  # what could not be exported is not trained
+    context = TrainingContext(settings, loaded, accelerator, progress)
+    with _restored_denoiser(context):
+        if dataset is not None and accelerator.is_main_process:
+            _adopt_dataset(context, dataset)
+        accelerator.wait_for_everyone()
+        identity = context.folder.read_identity() if is_prepared(settings) else loaded.sha256
+        return [*ran, *run_stages(context, recorded_settings(settings) | {"identity": identity})]
 
 
 def _model(
@@ -118,13 +124,17 @@ def _model(
     return open_model(settings.model, settings.revision), []
 
 
-def _claim(settings: TrainingSettings, resume: bool) -> None:
-    folder = RunFolder(claim_output(settings.out, "run"))
-    if folder.status_file.is_file() and not resume:
-        raise SdqError(
-            f"{settings.out} already holds a training (status: {folder.read_status()['status']}).",
-            f"Continue it with: {resume_command(settings)}, or give another --out.",
-        )
+@contextlib.contextmanager
+def _claimed(settings: TrainingSettings, resume: bool) -> Iterator[None]:
+    """The run's folder for a block; another training of it is refused meanwhile."""
+    with claimed_folder(settings.out, "run", "train") as out:
+        folder = RunFolder(out)
+        if folder.status_file.is_file() and not resume:
+            raise SdqError(
+                f"{settings.out} already holds a training (status: {folder.read_status()['status']}).",
+                f"Continue it with: {resume_command(settings)}, or give another --out.",
+            )
+        yield
 
 
 def resume_command(settings: TrainingSettings) -> str:
