@@ -50,11 +50,14 @@ class _Strict(BaseModel):
 
 
 class SourceRef(_Strict):
-    """The checkpoint that was quantized: a local path or hub id, and the hash of its denoiser's weights."""
+    """The checkpoint that was quantized: where it was, a local path or hub id, and the hashes by which it is known."""
 
     model: str
     revision: str | None = None
     sha256: str
+    """Over all parts."""
+    parts: dict[str, str] = Field(default_factory=dict)
+    """Part -> its hash (`Source.hashes`)."""
 
 
 class SamplerSettings(_Strict):

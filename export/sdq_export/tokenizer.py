@@ -11,6 +11,7 @@ from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import tokenizer_file
 from sdq_engines.package.schema import TextInfo
 from sdq_engines.runtime.text import PromptTokenizer
+from sdq_export.families.text import write_out_vectors
 
 if TYPE_CHECKING:
     from sdq_export.families.base import TextEncoder
@@ -51,22 +52,25 @@ def tokenizer_json(tokenizer: Any, length: int) -> str:
 
 def text_info(source: Source, encoder: TextEncoder) -> TextInfo:
     """What the manifest says about a text encoder's tokenizer."""
-    import diffusers
-    from diffusers.loaders import TextualInversionLoaderMixin
-
     tokenizer = source.part(encoder.tokenizer)
-    pipeline = getattr(diffusers, source.family.pipeline)
     return TextInfo(
         component=encoder.component,
         tokenizer=tokenizer_file(encoder.tokenizer),
         max_length=encoder.length(source),
         chunks=encoder.chunks(source),
         clip_skip=encoder.skipped(source),
-        joins_vectors=issubclass(pipeline, TextualInversionLoaderMixin),
         pad_token_id=int(tokenizer.pad_token_id),
         bos_token_id=-1 if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id),
         eos_token_id=int(tokenizer.eos_token_id),
+        written_out=_written_out(source, tokenizer),
     )
+
+
+def _written_out(source: Source, tokenizer: Any) -> dict[str, str]:
+    """What diffusers' pipeline makes of each added token alone, where it makes something else of it."""
+    tokens = list(tokenizer.added_tokens_encoder)
+    pairs = zip(tokens, write_out_vectors(source, tokenizer, tokens), strict=True)
+    return {token: written for token, written in pairs if written != token}
 
 
 _made: WeakKeyDictionary[Any, dict[tuple[str, bool], PromptTokenizer]] = WeakKeyDictionary()

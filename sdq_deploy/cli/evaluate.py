@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import enum
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.shared import (
+    ConfigOption,
+    JsonOption,
+    VaeFromOption,
+    console,
+    new_progress,
+    new_status,
+    print_json,
+    require_extra,
+    status_console,
+)
 from sdq_deploy.models import EMBEDDED
 from sdq_engines.errors import SdqError
 
@@ -47,6 +58,8 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The floating-point model; by default the candidates' source.")
     ] = None,
+    config: ConfigOption = None,
+    vae_from: VaeFromOption = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="UTF-8 text, one prompt per line.")] = None,
     split: Annotated[
         _Split | None, typer.Option("--split", help="Captions of shapes-64 in place of a file.", show_default=False)
@@ -102,17 +115,19 @@ def evaluate(
     from sdq_deploy.evaluation.evaluate import join_processes, run_evaluation, scorers_of
     from sdq_deploy.evaluation.gates import check_measured, failures, parse_limits
     from sdq_deploy.evaluation.manifest import write_manifests
-    from sdq_deploy.evaluation.output import claim, write_results
+    from sdq_deploy.evaluation.output import claimed, write_results
     from sdq_deploy.evaluation.reading import read_alike
     from sdq_deploy.evaluation.sampling import agree_on_sampler
     from sdq_deploy.evaluation.settings import EvaluationSettings
     from sdq_deploy.libraries import quiet_libraries
+    from sdq_export.single_file import FromFile
 
     limits = parse_limits(fail_below)
     quiet_libraries()
-    with status_console.status("opening the candidates"):
-        found = open_candidates(candidates, engine)
-        model = find_reference(found, reference)
+    with new_status("opening the candidates"):
+        from_file = FromFile.of(config, vae_from)
+        found = open_candidates(candidates, engine, reference, from_file)
+        model = find_reference(found, reference, from_file)
         found, model = read_alike(found, model)
         sampler = agree_on_sampler(found, model, scheduler, num_inference_steps, guidance_scale)
         settings = EvaluationSettings(
@@ -133,20 +148,19 @@ def evaluate(
         scorers = scorers_of(settings)
     check_measured(limits, scorers.names)
     state = join_processes(settings)
-    if state.is_main_process:
-        claim(out)
-    state.wait_for_everyone()
     progress = new_progress()
     progress.disable = not state.is_main_process
-    try:
-        with progress:
-            scored = run_evaluation(settings, scorers, progress, state)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt("Run the same command again: finished images are kept.") from interrupt
-    if scored is None:
-        return
-    results, scores = scored
-    page = write_results(settings, results, scores)
+    with claimed(out) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        try:
+            with progress:
+                scored = run_evaluation(settings, scorers, progress, state)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt("Run the same command again: finished images are kept.") from interrupt
+        if scored is None:
+            return
+        results, scores = scored
+        page = write_results(settings, results, scores)
     written = write_manifests(found, results) if write_manifest else []
     if json:
         print_json(results.model_dump(mode="json"))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-from rich.status import Status
 
 from sdq_deploy.cli.package_output import (
     StepBar,
@@ -28,9 +27,19 @@ from sdq_deploy.cli.prompt_options import (
     Prompt3Option,
     WeightingOption,
 )
-from sdq_deploy.cli.shared import JsonOption, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.shared import (
+    ConfigOption,
+    JsonOption,
+    VaeFromOption,
+    new_progress,
+    new_status,
+    print_json,
+    require_extra,
+    status_console,
+)
 
 if TYPE_CHECKING:
+    from sdq_deploy.cli.progress import Status
     from sdq_engines.package.schema import ShapeProfile
     from sdq_engines.package.store import Package
     from sdq_engines.runtime.pipeline import PipelineOutput
@@ -274,6 +283,8 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="Also time diffusers, eager FP32, on this MODEL (needs the extra train).")
     ] = None,
+    config: ConfigOption = None,
+    vae_from: VaeFromOption = None,
     json: JsonOption = False,
 ) -> None:
     """Time a package: each component and the whole call, warm, median.
@@ -288,7 +299,7 @@ def bench(
     checked = open_package(package, verify="cached")
     names = engine or [name for name in checked.manifest.engines if backend(name).available().works] or ["auto"]
     reports: list[dict[str, Any]] = []
-    with status_console.status("starting") as status:
+    with new_status("starting") as status:
         for name in names:
             stage = _stage_shower(status, name)
             reports.append(measure(partial(Pipeline.from_package, checked, name), batch, runs, stage).as_dict())
@@ -297,7 +308,7 @@ def bench(
         eager = None
         if against is not None:
             status.update("diffusers: loading")
-            eager = _time_diffusers(against, checked.manifest, batch, runs)
+            eager = _time_diffusers(against, config, vae_from, checked.manifest, batch, runs)
     if json:
         print_json({"engines": reports, "diffusers": eager})
     elif eager is not None:
@@ -310,7 +321,7 @@ def bench(
 def _build_one(package: Package, name: str, profile: ShapeProfile, options: dict[str, Any]) -> Package:
     from sdq_engines.build import build_engine
 
-    with status_console.status(f"{name}: starting") as status:
+    with new_status(f"{name}: starting") as status:
         show = _stage_shower(status, name)
         return build_engine(package, name, profile, options, lambda part, stage: show(f"{stage} {part}"))
 
@@ -356,10 +367,17 @@ def _save(result: PipelineOutput, out: Path) -> list[str]:
     return files
 
 
-def _time_diffusers(model: str, manifest: Any, batch: int, runs: int) -> dict[str, Any]:
+def _time_diffusers(
+    model: str, config: str | None, vae_from: Path | None, manifest: Any, batch: int, runs: int
+) -> dict[str, Any]:
     require_extra("train", "torch", "diffusers", "transformers")
     from dataclasses import asdict
 
     from sdq_deploy.cli.eager import time_eager
+    from sdq_deploy.libraries import quiet_libraries
+    from sdq_deploy.models import open_model
+    from sdq_export.single_file import FromFile
 
-    return {name: asdict(timing) for name, timing in time_eager(model, manifest, batch, runs).items()}
+    quiet_libraries()
+    source = open_model(model, from_file=FromFile.of(config, vae_from))
+    return {name: asdict(timing) for name, timing in time_eager(source, manifest, batch, runs).items()}

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sdq_deploy.evaluation.candidates import Candidate
 from sdq_deploy.evaluation.generate import decode, sample_latents
-from sdq_deploy.models import resolve_model
 from sdq_engines.runtime.loop import StepEvent
 from sdq_engines.runtime.pipeline import Pipeline
 from sdq_export.checkpoint import SamplerSettings, load_checkpoint, load_embeddings
@@ -65,14 +64,12 @@ def load_maker(
     timesteps = torch.from_numpy(plan.timesteps)
     if candidate.kind == "run":
         checkpoint = load_checkpoint(candidate.path)
-        source = load_source(resolve_model(candidate.source.model), candidate.source.revision)
-        source = source.with_text(checkpoint.info.text, load_embeddings(candidate.path))
+        source = load_source(candidate.model_folder).with_text(checkpoint.info.text, load_embeddings(candidate.path))
         denoiser: nn.Module = build_reference(
             source.for_spec(checkpoint.spec).own(source.family.denoiser), checkpoint.spec, checkpoint.tensors, timesteps
         )
     else:
-        source = load_source(resolve_model(candidate.path), candidate.source.revision)
-        source = source.with_text(candidate.text or TextSettings())
+        source = load_source(candidate.model_folder).with_text(candidate.text or TextSettings())
         denoiser = StepDenoiser(source.own(source.family.denoiser), timesteps).eval().requires_grad_(False)
     return TorchMaker(source, denoiser, plan, sampler.guidance_scale, device)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdq_deploy.evaluation.candidates import Candidate
-from sdq_deploy.models import resolve_model
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import SamplerSettings
 from sdq_export.source import load_source
@@ -79,15 +78,13 @@ def _refuse_other_sampler(first: Candidate, scheduler: str | None, steps: int | 
 def _model_sampler(
     reference: Candidate, scheduler: str | None, steps: int | None, guidance_scale: float | None
 ) -> SamplerSettings:
-    from sdq_export.sampler import compile_sampler, make_scheduler
+    from sdq_export.sampler import compile_sampler
 
-    source = load_source(resolve_model(reference.path), reference.source.revision)
-    own, family = source.scheduler, source.family
-    made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
-    plan = compile_sampler(made, family.default_steps if steps is None else steps)
+    source = load_source(reference.model_folder)
+    plan = compile_sampler(source.scheduler_named(scheduler), source.family.default_steps if steps is None else steps)
     return SamplerSettings(
         scheduler=plan.scheduler,
         config=plan.config,
         num_inference_steps=plan.num_inference_steps,
-        guidance_scale=family.guidance(source) if guidance_scale is None else guidance_scale,
+        guidance_scale=source.family.guidance(source) if guidance_scale is None else guidance_scale,
     )

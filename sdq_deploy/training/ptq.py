@@ -12,6 +12,7 @@ from sdq_deploy.models import resolve_model
 from sdq_deploy.recipes.load import recipe_from
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import load_split
+from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.methods.modelopt_scales import ModeloptAlgorithm, modelopt_scales
 from sdq_deploy.training.run import make_accelerator, read_settings
 from sdq_deploy.training.student import Student
@@ -81,7 +82,8 @@ def _context_of(run: Path, source: Source | None) -> TrainingContext:
         revision=recorded.get("revision"),
         embeddings=tuple(recorded.get("embeddings", ())),
     )
-    loaded = source or load_source(resolve_model(settings.model), settings.revision)
+    own = RunFolder(run).model
+    loaded = source or load_source(own if own.is_dir() else resolve_model(settings.model), settings.revision)
     context = TrainingContext(settings, loaded, make_accelerator(settings.recipe, cpu=True), Progress(disable=True))
     if not context.folder.scales.is_file():
         raise SdqError(f"The run {run} is not calibrated yet.", "Continue it with: sdq-deploy train … --resume")

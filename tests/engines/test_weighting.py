@@ -76,9 +76,11 @@ def test_what_a_package_cannot_do_is_said(prompt: str, message: str) -> None:
 def made(chunks: int, breaks: bool | None = None, embedding: int = 0, room: int = 4) -> PromptTokenizer:
     """Of words, `room` of them in a chunk; "style" is an embedding of so many vectors."""
     words = tokenizer()
-    words.add_tokens([f"style_{index}" if index else "style" for index in range(embedding)])
+    names = [f"style_{index}" if index else "style" for index in range(embedding)]
+    words.add_tokens(names)
     info = TextInfo(
-        tokenizer="tokenizer.json", max_length=room + 2, chunks=chunks, joins_vectors=True,
+        tokenizer="tokenizer.json", max_length=room + 2, chunks=chunks,
+        written_out={"style": " ".join(names)} if names else {},
         pad_token_id=0, bos_token_id=BEGIN, eos_token_id=END,
     )  # fmt: skip
     return PromptTokenizer(words, info, breaks)

@@ -173,7 +173,8 @@ def test_a_package_says_how_it_reads_prompts_and_what_it_cuts(
 ) -> None:
     _, pipeline = chunked
     (text,) = pipeline.manifest.text
-    assert (text.max_length, text.chunks, text.clip_skip, text.joins_vectors) == (MAX_LENGTH, 2, 1, True)
+    assert (text.max_length, text.chunks, text.clip_skip) == (MAX_LENGTH, 2, 1)
+    assert text.written_out == {NAME: f"{NAME} {NAME}_1 {NAME}_2"}
     pipeline("a circle " * 14 + "red", seed=1)
     assert f"longer than the 2 chunks of {MAX_LENGTH} tokens" in caplog.text
     assert "cut off: 'red'" in caplog.text

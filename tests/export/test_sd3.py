@@ -35,6 +35,7 @@ from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import ExportResult, export_package
 from tests.export.quantized import quantized_checkpoint
 from tests.images import psnr
+from tests.nearness import FLOAT_NOISE, relative
 from tests.tiny import write_tiny_sd3
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,7 @@ def test_the_step_denoiser_is_diffusers_transformer(
     steps = torch.tensor([2, 0])
     with torch.no_grad():
         wanted = source.denoiser(latents, text, pooled, torch.from_numpy(plan.timesteps)[steps]).sample
-        assert torch.equal(denoiser(latents, steps, prompts), wanted)
+        assert relative(denoiser(latents, steps, prompts), wanted) <= FLOAT_NOISE
         assert not torch.allclose(denoiser(latents, steps.flip(0), prompts), wanted, atol=1e-3)
 
 

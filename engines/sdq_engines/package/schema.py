@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -43,6 +43,9 @@ EXTRA_CHANNELS = "extra_channels"
 Precision = Literal["fp32", "fp16", "w8a8", "w4a8", "w4a16"]
 
 
+_Length = Annotated[int, Field(gt=0)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -57,9 +60,9 @@ class FileEntry(_Strict):
 class ModelIO(_Strict):
     """Shapes that the runtime needs before it opens a graph."""
 
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[_Length, _Length, _Length]
     """(channels, height, width) of one image's latents."""
-    image_size: tuple[int, int]
+    image_size: tuple[_Length, _Length]
     """(height, width) in pixels."""
     prologue_outputs: list[str]
     """Names of the prologue's outputs, which are inputs of the denoiser under the same names."""
@@ -88,11 +91,11 @@ class TextInfo(_Strict):
     """How many chunks a prompt is padded or cut to."""
     clip_skip: int = Field(default=0, ge=0)
     """Layers at the encoder's end that prompts are not passed through; negative prompts are, as in diffusers."""
-    joins_vectors: bool = False
-    """Whether a textual inversion's name stands for all its vectors, the tokens name, name_1, ... of the tokenizer."""
     pad_token_id: int
     bos_token_id: int
     eos_token_id: int
+    written_out: dict[str, str] = Field(default_factory=dict)
+    """Token of a textual inversion of several vectors -> what a prompt has in its place, a token for each vector."""
 
 
 class SamplerInfo(_Strict):

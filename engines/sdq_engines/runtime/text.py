@@ -82,9 +82,7 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-        self._vectors = _vectors(added) if info.joins_vectors else {}
-        self._first = {added[name]: len(names) for name, names in self._vectors.items()}
+        self._first = {tokenizer.token_to_id(name): len(written.split()) for name, written in info.written_out.items()}
 
     def encode(self, prompt: str, weighted: bool = False, warn: bool = True) -> Tokens:
         """Each chunk: begin mark, tokens, end mark, padding; what follows the prompt's own chunks are empty ones.
@@ -158,11 +156,12 @@ class PromptTokenizer:
 
     def _expanded(self, text: str) -> str:
         """A name that stands for several vectors, followed by theirs: diffusers' `maybe_convert_prompt`."""
-        if not self._vectors:
+        if not self.info.written_out:
             return text
-        for token in dict.fromkeys(self._tokenizer.encode(text, add_special_tokens=False).tokens):
-            if token in self._vectors:
-                text = text.replace(token, " ".join(self._vectors[token]))
+        found = set(self._tokenizer.encode(text, add_special_tokens=False).tokens)
+        for token, written in self.info.written_out.items():
+            if token in found:
+                text = text.replace(token, written)
         return text
 
     @property
@@ -186,15 +185,3 @@ class PromptTokenizer:
             takes,
             "".join(rest).strip(),
         )
-
-
-def _vectors(added: dict[str, int]) -> dict[str, list[str]]:
-    """Name of a textual inversion of several vectors -> the names of all: name, name_1, name_2, ..."""
-    found = {}
-    for name in added:
-        names = [name]
-        while (following := f"{name}_{len(names)}") in added:
-            names.append(following)
-        if len(names) > 1:
-            found[name] = names
-    return found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdq_engines.errors import SdqError
 from sdq_engines.package.schema import NEGATIVE_OUTPUT, TEXT_OUTPUT, CallDefaults
 from sdq_export.conditioning import Conditioning
+from sdq_export.families.text import padded_length
 from sdq_export.step_state import StepState
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class TextEncoder:
         wrap: the encoder and how many layers to skip -> the module that gives the outputs, a tuple, for ``input_ids``
             int64 [n, L].
         max_length: L; None for the tokenizer's own.
+        length_of: the tokenizer whose own length is taken; None for `tokenizer`.
         clip: whether it is CLIP's: prompts may pass through it in chunks, and skip its last layers.
     """
 
@@ -45,11 +47,12 @@ class TextEncoder:
     outputs: tuple[str, ...]
     wrap: Callable[..., nn.Module]
     max_length: int | None = None
+    length_of: str | None = None
     clip: bool = True
 
     def length(self, source: Source) -> int:
         """L, the tokens of a padded chunk."""
-        return self.max_length or int(source.part(self.tokenizer).model_max_length)
+        return self.max_length or padded_length(source, self.length_of or self.tokenizer, self.component)
 
     def chunks(self, source: Source) -> int:
         """How many chunks of L tokens a prompt has."""
@@ -204,6 +207,22 @@ class Family(ABC):
     @abstractmethod
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         """(C, h, w) of one image's latents at the checkpoint's own size."""
+
+    def latent_size(self, source: Source) -> tuple[int, int]:
+        """(h, w) by the denoiser's own sample size.
+
+        Raises:
+            SdqError: it names none.
+        """
+        size = source.skeleton.config.sample_size
+        height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
+            raise SdqError(
+                f"The file {self.denoiser}/config.json of {source.model} has sample_size = {size!r}; the height and "
+                "width of the latents are wanted.",
+                'Set it, for example "sample_size": 64 for images of 512x512 pixels.',
+            )
+        return height, width
 
     def extra_channels(self, denoiser: nn.Module) -> int:
         """How many channels the denoiser takes beside the latents, for inpainting: 1 of the mask, C of the image.

@@ -13,7 +13,7 @@ from sdq_engines.errors import SdqError
 from sdq_engines.package.schema import CallDefaults
 from sdq_export.conditioning import TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import LastHiddenState
+from sdq_export.families.text import LastHiddenState, check_text_encoders
 from sdq_export.families.time_path import NoTimeProjection, StepRow
 from sdq_export.families.unet import (
     BLOCKS,
@@ -57,6 +57,7 @@ class StableDiffusion(Family):
 
     def check_source(self, source: Source) -> None:
         check_conditions(source.skeleton)
+        check_text_encoders(source, source.skeleton.config.cross_attention_dim)
         if getattr(source.part("text_encoder").config, "use_attention_mask", None):
             raise SdqError(
                 "The text encoder's use_attention_mask=True is not supported: packages encode padded prompts."

@@ -16,7 +16,7 @@ from sdq_engines.package.schema import CallDefaults
 from sdq_export.capture import FreeSize, capture
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import LastHiddenState, PenultimateAndPooled
+from sdq_export.families.text import LastHiddenState, PenultimateAndPooled, check_text_encoders
 from sdq_export.families.time_path import FrozenLinear, freeze_linears_
 from sdq_export.families.vae import check_vae
 from sdq_export.passes.modulation import CutModulation, KeepModulation
@@ -42,7 +42,13 @@ _QUERY_KEY_VALUE = {"to_q": "input", "to_k": "input", "to_v": "input"} | dict.fr
 
 
 _CLIPS = tuple(
-    TextEncoder(f"text_encoder{suffix}", f"tokenizer{suffix}", (TEXT_INPUT, POOLED_INPUT), PenultimateAndPooled)
+    TextEncoder(
+        f"text_encoder{suffix}",
+        f"tokenizer{suffix}",
+        (TEXT_INPUT, POOLED_INPUT),
+        PenultimateAndPooled,
+        length_of="tokenizer",
+    )
     for suffix in ("", "_2")
 )
 
@@ -71,8 +77,9 @@ class StableDiffusion3(Family):
         return super().fits(folder, index) and not _has_t5(folder, index)
 
     def check_source(self, source: Source) -> None:
-        check_vae(source)
         config = source.skeleton.config
+        check_text_encoders(source, config.pooled_projection_dim)
+        check_vae(source)
         if config.pos_embed_max_size is None:
             raise SdqError(
                 "The denoiser's pos_embed_max_size=None is not supported; Stable Diffusion 3 crops from one."
@@ -95,7 +102,8 @@ class StableDiffusion3(Family):
 
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         config = source.skeleton.config
-        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+        height, width = self.latent_size(source)
+        return int(config.in_channels), height, width
 
     def pipeline_options(self, source: Source) -> dict[str, Any]:
         return {"text_encoder_3": None, "tokenizer_3": None}
