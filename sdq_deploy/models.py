@@ -79,10 +79,8 @@ def open_run_model(
     elif (own / "model_index.json").is_file():
         source = load_source(own)
     else:
-        # a run that went on with its model elsewhere knows that place
-        model = RunFolder(folder).read_status()["settings"].get("model", trained_from.model)
         try:
-            source = load_source(resolve_model(model), trained_from.revision)
+            source = load_source(resolve_model(trained_from.model), trained_from.revision)
         except SdqError as error:
             raise SdqError(
                 f"The model that the run {run} was trained from cannot be loaded from where it was. {error.message}",

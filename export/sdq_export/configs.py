@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from sdq_engines.errors import SdqError
 
-__all__ = ["check_types", "read_json"]
+__all__ = ["check_config", "check_types", "read_json"]
 
 
 def read_json(folder: Path, name: str, model: str) -> dict[str, Any]:
@@ -36,6 +36,36 @@ def read_json(folder: Path, name: str, model: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise SdqError(f"The file {name} of {model} holds a {type(tree).__name__}, not an object of settings.")
     return tree
+
+
+def check_config(kind: Any, folder: Path, name: str, model: str) -> None:
+    """Refuse a configuration that is missing, damaged, of another model or of other types than its class declares.
+
+    Args:
+        kind: the class of diffusers or transformers that it is for.
+        folder: the checkpoint's.
+        name: of the file, relative to it.
+        model: what the user named.
+
+    Raises:
+        SdqError: naming the file, and the key where it is one; also for weights that are quantized already.
+    """
+    config = read_json(folder, name, model)
+    if config.get("quantization_config") is not None:
+        raise SdqError(
+            f"The file {name} of {model} has a quantization_config: its weights are quantized already.",
+            "Give the checkpoint in FP32, FP16 or BF16 that it was made from.",
+        )
+    if not hasattr(kind, "config_class"):
+        check_types(kind, config, name, model)
+        return
+    # transformers checks types itself, but takes another model's configuration
+    found, wanted = config.get("model_type"), kind.config_class.model_type
+    if found is not None and not wanted.startswith(str(found)):
+        raise SdqError(
+            f"The file {name} of {model} has model_type = {found!r}; {kind.__name__} wants {wanted!r}.",
+            "Take the folder from the model that model_index.json describes.",
+        )
 
 
 def check_types(kind: Any, config: dict[str, Any], name: str, model: str) -> None:

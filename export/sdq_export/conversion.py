@@ -181,7 +181,7 @@ def _infer(header: Header, folder: Path, given: Path | None) -> None:
         found = _from_hub(hub)
     except SdqError as error:
         raise SdqError(
-            f"The file {header.path} holds no tokenizer, and {hub}, which has it, is not to be had: {error}",
+            f"The file {header.path} holds no tokenizer, and {hub}, which has it, is not to be had. {error.message}",
             "Give a diffusers folder of the same architecture, or a folder that has its tokenizer/: --config FOLDER",
         ) from error
     for path in _relative(found):

@@ -38,6 +38,8 @@ def naming(what: str, hint: str = _AGAIN) -> Iterator[None]:
         reason = f"{first} {more[0].strip()}" if more and first.endswith(":") else first
         if not isinstance(error, OSError | ValueError | RuntimeError):
             reason = f"{type(error).__name__}: {reason}"
+        if "not enough memory" in reason or "out of memory" in reason:
+            hint = "Free memory, or take a machine with more."
         raise SdqError(f"{what} cannot be loaded: {reason}", hint) from error
 
 

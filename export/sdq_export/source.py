@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdq_engines.errors import SdqError
-from sdq_export.configs import check_types, read_json
+from sdq_export.configs import check_config, read_json
 from sdq_export.embeddings import Embedding, check_embeddings, learn
 from sdq_export.inpainting import remember_whole_mask
 from sdq_export.loading import load_model, load_tokenizer, naming
@@ -254,22 +254,10 @@ def load_source(model: str | Path, revision: str | None = None, named: str | Non
         kind = source.kind(part)
         if part in source.weighted_parts:
             _check_weights(source, part)
-            _check_config(source, kind, f"{part}/config.json")
-    _check_config(source, scheduler_class(source.index, source.model), "scheduler/scheduler_config.json")
+            check_config(kind, source.folder, f"{part}/config.json", source.model)
+    scheduler = scheduler_class(source.index, source.model)
+    check_config(scheduler, source.folder, "scheduler/scheduler_config.json", source.model)
     return source
-
-
-def _check_config(source: Source, kind: Any, name: str) -> None:
-    """Refuse a configuration that is missing, damaged, of another model or of other types than its class declares."""
-    config = read_json(source.folder, name, source.model)
-    if hasattr(kind, "config_class"):  # transformers checks types itself, and takes another model's configuration
-        found, wanted = config.get("model_type"), kind.config_class.model_type
-        if found is not None and not wanted.startswith(str(found)):
-            raise SdqError(
-                f"The file {name} of {source.model} has model_type = {found!r}; {kind.__name__} wants {wanted!r}."
-            )
-        return
-    check_types(kind, config, name, source.model)
 
 
 def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
@@ -287,6 +275,15 @@ def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
             f"{model} is a {index.get('_class_name')}; supported are checkpoints of {known}.", "See docs/families.md."
         )
     return family
+
+
+def _parts_named(source: Source) -> list[str]:
+    """The parts that the index names, of any family of its pipeline: which family it is may depend on what is there."""
+    from sdq_export.families import FAMILIES
+
+    families = [family for family in FAMILIES if source.index["_class_name"] in family.pipelines]
+    parts = dict.fromkeys(part for family in families for part in family.parts)
+    return [part for part in parts if source.index.get(part) not in (None, [None, None])]
 
 
 def _check_weights(source: Source, part: str) -> None:
@@ -318,7 +315,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
         if not (folder / "model_index.json").is_file():
             return folder
         # a hub repository may also hold the whole model as one file, and parts of other pipelines
-        parts = Source(folder, model, revision).family.parts
+        parts = _parts_named(Source(folder, model, revision))
         return fetch([*_ABOUT, *(f"{part}/{pattern}" for part in parts for pattern in _PART)])
     except SdqError:
         raise

@@ -102,6 +102,11 @@ def test_a_damaged_file_is_named(name: str, damage: str, folder: Path) -> None:
         ("text_encoder/config.json", {"eos_token_id": None}, "text_encoder"),
         ("text_encoder/config.json", {"vocab_size": 500}, "token_embedding.* has shape .*500"),
         ("unet/config.json", {"sample_size": "64"}, 'unet/config.json .* sample_size = "64"'),
+        (
+            "unet/config.json",
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "unet/config.json .* quantized",
+        ),
         ("unet/config.json", {"sample_size": ...}, "unet/config.json .* sample_size = None"),
         ("unet/config.json", {"cross_attention_dim": "32"}, 'cross_attention_dim = "32"'),
         ("unet/config.json", {"cross_attention_dim": 64}, "embeddings of 32 channels; the unet takes 64"),

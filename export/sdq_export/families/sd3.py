@@ -218,8 +218,8 @@ class _StepAndText(nn.Module):
 
 def _has_t5(folder: Path, index: Mapping[str, Any]) -> bool:
     """Whether the checkpoint names a third text encoder and brings it: it may be left out of a download."""
-    named = index.get("text_encoder_3") or [None]
-    return named[0] is not None and (folder / "text_encoder_3").is_dir()
+    named = index.get("text_encoder_3")
+    return isinstance(named, list) and named[:1] not in ([], [None]) and (folder / "text_encoder_3").is_dir()
 
 
 def _adaptive_norms(denoiser: nn.Module) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _require_close(scheduler: Any, found: torch.Tensor, wanted: torch.Tensor, al
 
 
 def _hint(scheduler: Any) -> str:
-    settings = [key for key in ("clip_sample", "thresholding") if scheduler.config.get(key)]
+    settings = [key for key in ("clip_sample", "thresholding", "use_dynamic_shifting") if scheduler.config.get(key)]
     if settings:
         wanted = ", ".join(f'"{key}": false' for key in settings)
         return f"set {wanted} in scheduler/scheduler_config.json, or choose another with --scheduler"
