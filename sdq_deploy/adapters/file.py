@@ -110,7 +110,7 @@ def _changes(path: Path, keys: Sequence[str], names: Mapping[str, Layer]) -> lis
             )
         change.keys[split[1]] = key
     unknown_hint = (
-        "It may be of another model family, or of a kind that cannot be fused; docs/training.md lists those that can."
+        "It may be of another model family, or of a kind that cannot be fused; docs/models.md lists those that can."
     )
     _refuse(path, unknown, len(keys), "belong to no layer of it or are of no kind that can be fused", unknown_hint)
     halves = [change.keys[role] for change in changes.values() for role in unused_roles(change.keys)]

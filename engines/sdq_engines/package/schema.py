@@ -133,7 +133,7 @@ class SourceInfo(_Strict):
     model: str
     revision: str | None
     sha256: str
-    """Of the denoiser's weights file(s)."""
+    """Over all its parts that are read: weights, configurations, tokenizers."""
     license: str
     """Its identifier or first line, as the source states it; "unknown" where it states none."""
     changes: str
