@@ -162,9 +162,9 @@ def _count(package: Package, compiled: Any) -> KernelCounts | None:
     return count(package, openvino_layers(compiled))
 
 
-def _bytes(exported: Any) -> bytes:
-    value: bytes = exported.getvalue() if hasattr(exported, "getvalue") else exported
-    return value
+def _bytes(exported: Any) -> memoryview:
+    """What was exported, without a copy: of Stable Diffusion v1-4 that would be 3.4 GB more."""
+    return exported.getbuffer() if hasattr(exported, "getbuffer") else memoryview(exported)
 
 
 class OpenVinoComponent:
