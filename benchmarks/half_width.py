@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def eager_step(model: Path) -> Callable[[], object]:
 
 def package_step(folder: Path) -> Callable[[], object]:
     """A step of a package by its OpenVINO engine: what the runtime's loop calls."""
-    return component_calls(Pipeline.load(folder, engine="openvino", verify="cached"), batch=1)[DENOISER]
+    pipeline = Pipeline.load(folder, engine="openvino", verify="cached")
+    return ExitStack().enter_context(component_calls(pipeline, batch=1))[DENOISER]
 
 
 def nncf_step(folder: Path) -> Callable[[], object] | None:

@@ -1,4 +1,4 @@
-"""The whole road of a family, every part at its real size: train without fit steps, export and its gate, an engine, a run.
+"""The whole road of a family, every part at its real size: train without fit steps, export, build and check, run.
 
     python benchmarks/road.py build/road --family sd14
     python benchmarks/road.py build/road --family sd14 --precision fp16
@@ -50,7 +50,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass
 class Peak:
-    """The most memory of a command's processes together, in bytes: all pages, and those that are not of mapped files."""
+    """The most memory of a command's processes together, in bytes: all pages, and those that are of no mapped file."""
 
     resident: int = 0
     own: int = 0

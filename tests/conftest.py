@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +16,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# One cache for the whole run, its workers and the commands that they start: most of what an export of a tiny model
+# takes is tracing, and the same graphs are wanted again and again.
+if "SDQ_CACHE_DIR" not in os.environ:
+    os.environ["SDQ_CACHE_DIR"] = _CACHE = tempfile.mkdtemp(prefix="sdq-tests-")
+else:
+    _CACHE = None
+
 # A shell without job control starts background commands with SIGINT ignored, and what the tests interrupt inherits it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure() -> None:
+    """Workers found the cache in their environment; who made it removes it."""
+    if _CACHE is not None:
+        shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

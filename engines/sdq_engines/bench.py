@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -86,9 +87,10 @@ def bench(
         pipeline.session.component(name)
     loaded = time.perf_counter() - started
     components = {}
-    for name, call in component_calls(pipeline, batch).items():
-        announce(name)
-        components[name] = measure(call, runs)
+    with component_calls(pipeline, batch) as calls:
+        for name, call in calls.items():
+            announce(name)
+            components[name] = measure(call, runs)
     announce("end to end")
     loops: list[float] = []
 
@@ -108,8 +110,9 @@ def bench(
     )
 
 
-def component_calls(pipeline: Pipeline, batch: int) -> dict[str, Callable[[], object]]:
-    """One call of each component with inputs of the sizes that an image of this batch needs."""
+@contextmanager
+def component_calls(pipeline: Pipeline, batch: int) -> Iterator[dict[str, Callable[[], object]]]:
+    """One call of each component with inputs of the sizes that an image of this batch needs, for a block."""
     inputs = pipeline.prompts.encode([PROMPT])
     prompt = {name: np.repeat(value, 2 * batch, axis=0) for name, value in pipeline.prologue(inputs).items()}
     shape = (batch, *pipeline.latent_shape())
@@ -117,16 +120,16 @@ def component_calls(pipeline: Pipeline, batch: int) -> dict[str, Callable[[], ob
         prompt[EXTRA_CHANNELS] = np.zeros((batch, extra, *shape[2:]), np.float32)
     latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     coefficients = pipeline.coefficients
-    stepper = pipeline.session.stepper(latents, 2.0, coefficients, prompt)
     noise = latents if pipeline.manifest.sampler.stochastic else None
+    with closing(pipeline.session.stepper(latents, 2.0, coefficients, prompt)) as stepper:
 
-    def step() -> None:
-        stepper.step(0, noise)
-        stepper.latents()  # a GPU step is enqueued; this waits for it
+        def step() -> None:
+            stepper.step(0, noise)
+            stepper.latents()  # a GPU step is enqueued; this waits for it
 
-    return {
-        **{name: partial(pipeline.prompts.embed, name, [PROMPT]) for name in pipeline.prompts.components},
-        PROLOGUE: lambda: pipeline.prologue(inputs),
-        DENOISER: step,
-        VAE_DECODER: lambda: pipeline.decode(latents),
-    }
+        yield {
+            **{name: partial(pipeline.prompts.embed, name, [PROMPT]) for name in pipeline.prompts.components},
+            PROLOGUE: lambda: pipeline.prologue(inputs),
+            DENOISER: step,
+            VAE_DECODER: lambda: pipeline.decode(latents),
+        }

@@ -23,9 +23,10 @@ from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_json
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import ENGINES, engine_folder
-from sdq_engines.package.schema import EngineEntry, KernelCounts, ShapeProfile
-from sdq_engines.package.store import Package
-from sdq_engines.process import how_it_died
+from sdq_engines.package.links import require_plain_weights
+from sdq_engines.package.schema import EngineEntry, FileEntry, KernelCounts, Manifest, ShapeProfile
+from sdq_engines.package.store import Package, read_manifest
+from sdq_engines.process import PeakMemory, how_it_died
 from sdq_engines.sizes import check_sizes
 
 __all__ = ["Progress", "build_engine", "check_options", "choose_engine"]
@@ -90,6 +91,7 @@ def build_engine(
             "Give --batch-min <= --batch-opt <= --batch-max.",
         )
     check_sizes(package, profile)
+    require_plain_weights(package)
     check_options(options or {}, [engine])
     with _staging(package) as folder:
         job = {
@@ -99,7 +101,11 @@ def build_engine(
             "options": options or {},
         }
         atomic_write_json(folder / "job.json", job)
-        result = _run_child(folder, engine, on_progress)
+        try:
+            result = _run_child(folder, engine, on_progress)
+        except SdqError:
+            _require_same_graphs(package, read_manifest(package.folder), engine)
+            raise
         return _adopt(package, engine, profile, result, folder / "out")
 
 
@@ -149,9 +155,9 @@ def _run_child(folder: Path, engine: str, on_progress: Progress | None) -> dict[
             stdin=subprocess.PIPE,  # nothing is written; it ends when this process does, however that dies
             env=environment,
         )
-        last = ""
+        last, memory = "", PeakMemory(child.pid)
         try:
-            for component, stage in _events(folder / "events.jsonl", child):
+            for component, stage in _events(folder / "events.jsonl", child, memory):
                 last = f"{stage} {component}"
                 if on_progress is not None:
                     on_progress(component, stage)
@@ -164,18 +170,19 @@ def _run_child(folder: Path, engine: str, on_progress: Progress | None) -> dict[
         if "error" not in result:
             return result
         raise SdqError(result["error"], _hint(folder, result["hint"]))
-    died = how_it_died(child.returncode) or f"stopped with exit code {child.returncode}"
+    died = how_it_died(child.returncode, memory.bytes) or f"stopped with exit code {child.returncode}"
     raise SdqError(
         f"The builder of {engine} {died} while {last or 'starting'}; the package is as it was.",
         _hint(folder, "Try again with more free memory or --batch-max 1, or another engine: sdq-deploy doctor"),
     )
 
 
-def _events(path: Path, child: subprocess.Popen[bytes]) -> Iterator[tuple[str, str]]:
-    """What the child reports, as it reports it, until it ends."""
+def _events(path: Path, child: subprocess.Popen[bytes], memory: PeakMemory) -> Iterator[tuple[str, str]]:
+    """What the child reports, as it reports it, until it ends; its memory is looked at meanwhile."""
     position, running = 0, True
     while running:
         running = child.poll() is None
+        memory.look()
         if path.is_file():
             with path.open("rb") as handle:
                 handle.seek(position)
@@ -199,10 +206,8 @@ def _hint(folder: Path, advice: str) -> str:
 
 def _adopt(package: Package, engine: str, profile: ShapeProfile, result: dict[str, Any], out: Path) -> Package:
     """Move the child's files into the package under a fresh name, then let the manifest point at them."""
-    editor = PackageEditor.open(package)
     folder = f"{engine_folder(engine)}/{uuid.uuid4().hex[:8]}"
     made = {component: file for component, file in result["components"].items() if file is not None}
-    size = sum((out / file).stat().st_size for file in made.values())
     entry = EngineEntry(
         backend=engine,
         version=result["version"],
@@ -216,19 +221,30 @@ def _adopt(package: Package, engine: str, profile: ShapeProfile, result: dict[st
         kernels=KernelCounts(**result["kernels"]) if result["kernels"] else None,
         build_seconds=result["build_seconds"],
         peak_memory_bytes=result["peak_memory_bytes"],
-        bytes_on_disk=size,
+        bytes_on_disk=sum((out / file).stat().st_size for file in made.values()),
     )
-    try:
+    # the manifest as it is now: another engine may have been added while this one was built
+    with PackageEditor.edit(package.folder, f"build of {engine}") as editor:
+        _require_same_graphs(package, editor.current, engine)
         for file in made.values():
             editor.move_file(f"{folder}/{file}", out / file)
-        for old in package.manifest.files:
+        for old in editor.current.files:
             if old.startswith(f"{engine_folder(engine)}/"):
                 editor.drop(old)
-        engines = {**package.manifest.engines, engine: entry}
-        return editor.commit(package.manifest.model_copy(update={"engines": engines}))
-    except OSError as error:
-        editor.abandon()
-        raise SdqError(f"The package at {package.folder} cannot be written: {error.strerror or error}.") from error
-    except BaseException:
-        editor.abandon()
-        raise
+        engines = {**editor.current.engines, engine: entry}
+        changed = editor.commit(editor.current.model_copy(update={"engines": engines}))
+        editor.sweep(engine_folder(engine))
+        return changed
+
+
+def _require_same_graphs(package: Package, current: Manifest, engine: str) -> None:
+    """Raises: SdqError: the package was exported again since it was opened; the engine is of its former graphs."""
+
+    def graphs(manifest: Manifest) -> dict[str, FileEntry]:
+        return {name: entry for name, entry in manifest.files.items() if not name.startswith(f"{ENGINES}/")}
+
+    if graphs(package.manifest) != graphs(current):
+        raise SdqError(
+            f"The package at {package.folder} was exported again while its {engine} engine was built.",
+            f"Build it once more: sdq-deploy build {package.folder} --engine {engine}",
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdq_engines.errors import SdqError
+from sdq_engines.locks import JOB, LOCK_FILES, sole_writer
 
 __all__ = [
     "FolderKind",
@@ -20,6 +21,7 @@ __all__ = [
     "atomic_write_json",
     "atomic_write_text",
     "claim_output",
+    "claimed_folder",
     "folder_kind",
     "make_writable",
     "remove_empty_parents",
@@ -106,7 +108,7 @@ def claim_output(folder: str | Path, kind: FolderKind) -> Path:
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise SdqError(f"The output {path} is a file, a folder is wanted.", "Give another --out.")
-    if path.is_dir() and any(path.iterdir()) and folder_kind(path) != kind:
+    if path.is_dir() and not _is_empty(path) and folder_kind(path) != kind:
         article = "an" if kind[0] in "aeiou" else "a"
         raise SdqError(
             f"The output folder {path} exists and was not made by sdq-deploy as {article} {kind}; nothing was written.",
@@ -114,6 +116,27 @@ def claim_output(folder: str | Path, kind: FolderKind) -> Path:
         )
     make_writable(path)
     return path
+
+
+@contextlib.contextmanager
+def claimed_folder(folder: str | Path, kind: FolderKind, doing: str) -> Iterator[Path]:
+    """`claim_output` for a block in which no other command may write to the folder.
+
+    Args:
+        folder: what to write to.
+        kind: whose it is to be.
+        doing: what for, e.g. "export"; said to whoever else wants it.
+
+    Raises:
+        SdqError: as `claim_output`; or another command is writing to it.
+    """
+    path = claim_output(folder, kind)
+    with sole_writer(path, JOB, doing):
+        yield claim_output(path, kind)  # once more: another may have just left it
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(path.name in LOCK_FILES for path in folder.iterdir())
 
 
 def make_writable(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A small file in an output folder while a command works there: who, in which stage, with how much memory.
+"""A small file in an output folder while a command works there: which, in which stage, with how much memory.
 
 The end of the command removes it, an error or Ctrl-C too. What is found there with nobody at work was killed, on most
 machines for want of memory, and whoever meets it can say so.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sdq_engines.locks import JOB, is_held
 from sdq_engines.memory import resident_bytes
 
 __all__ = ["IN_PROGRESS", "WorkInProgress", "in_progress", "what_was_killed"]
@@ -61,12 +61,7 @@ class WorkInProgress:
             self._path.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        content = {
-            "command": self._command,
-            "process": _process(os.getpid()),
-            "stage": self._stage,
-            "memory_bytes": self._most,
-        }
+        content = {"command": self._command, "stage": self._stage, "memory_bytes": self._most}
         temporary = self._path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # a full disk is for the command itself to meet
             temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -90,38 +85,16 @@ def in_progress(folder: Path, command: str) -> Iterator[WorkInProgress]:
 
 
 def what_was_killed(folder: str | Path) -> str | None:
-    """A sentence on the command that was killed while it worked in this folder; None if none was, or it still works."""
+    """A sentence on the command that was killed while it worked in this folder; None if none was, or it still works.
+
+    One that works holds the folder's lock (`sdq_engines.locks.JOB`), which ends with its process.
+    """
     try:
         found: dict[str, Any] = json.loads((Path(folder) / IN_PROGRESS).read_text(encoding="utf-8"))
-        process, memory = found["process"], int(found["memory_bytes"])
-        command, stage = str(found["command"]), str(found["stage"])
+        command, stage, memory = str(found["command"]), str(found["stage"]), int(found["memory_bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if process != _process(os.getpid()) and _is_alive(process):
+    if is_held(Path(folder), JOB):
         return None
     used = f"; {memory / 1e9:.1f} GB were in use" if memory else ""
     return f"The last {command} to {folder} was killed in the stage {stage!r}, probably for want of memory{used}."
-
-
-def _process(pid: int) -> dict[str, Any]:
-    """What tells a process from another of the same number: its host, and when it began."""
-    return {"host": socket.gethostname(), "pid": pid, "started": _started(pid)}
-
-
-def _started(pid: int) -> str:
-    """In ticks since the system's own start; empty where the platform does not say."""
-    with contextlib.suppress(OSError, IndexError):
-        # the second field, the name in parentheses, may hold spaces
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-    return ""
-
-
-def _is_alive(process: Any) -> bool:
-    """Whether it runs. One on another host, or on a platform that does not say, is taken to be dead.
-
-    An output folder has one writer at a time, so whoever writes next has seen the other end.
-    """
-    try:
-        return bool(process["started"]) and process == _process(int(process["pid"]))
-    except (KeyError, TypeError, ValueError):
-        return False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER, VAE_ENCODER
 from sdq_export.capture import capture
+from sdq_export.captures import KEPT_BYTES, capture_once
 from sdq_export.checkpoint import QuantizedCheckpoint, weight_key
 from sdq_export.denoiser import DenoiserGraphs, build_denoiser, run_passes
 from sdq_export.families.base import TextEncoder
@@ -25,7 +26,6 @@ from sdq_export.passes.store_integers import StoreIntegers
 from sdq_export.reference import build_reference
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sizes import HEIGHT, WIDTH
-from sdq_export.skeleton import is_hollow
 from sdq_export.smoothing import divide_inputs_, smoothed_sites
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
@@ -39,8 +39,6 @@ __all__ = [
     "make_vae_decoder",
     "make_vae_encoder",
 ]
-
-_KEPT_BYTES = 32 << 20
 
 
 def component_names(source: Source, vae_encoder: bool) -> list[str]:
@@ -98,7 +96,7 @@ def make_denoiser(
             model = divide_inputs_(copy.deepcopy(skeleton), checkpoint.spec, checkpoint.tensors)
         return family.capture_denoiser(model, shape, _tokens(source), multiple)
 
-    captured = _capture_once((_architecture(source), _tokens(source), smoothed, multiple), capture_it)
+    captured = capture_once((_architecture(source), _tokens(source), smoothed, multiple), capture_it)
     # a quantized layer's weight comes as integers; a layer of its own would be one more copy of it in FP32
     integers = {weight_key(site.layer) for site in checkpoint.spec.weights} if checkpoint else set()
     return build_denoiser(
@@ -127,8 +125,10 @@ def make_text_encoder(
     """A text encoder's graph, and the torch module that it equals."""
     module = encoder.wrap(_stored(source, encoder.component, dtype, integers))
     example = torch.zeros(2, encoder.length(source), dtype=torch.int64)
-    captured = _capture_once(
-        (source.folder, source.sha256, encoder.component, dtype, integers),
+    captured = _capture_part(
+        source,
+        encoder.component,
+        (encoder.wrap, encoder.outputs, example.shape, dtype, integers),
         lambda: capture(module, {"input_ids": example}, batched=["input_ids"], outputs=encoder.outputs),
     )
     return _finished(captured, dtype, integers), module
@@ -139,8 +139,10 @@ def make_vae_decoder(
 ) -> tuple[ir.Model, nn.Module]:
     """The decoder's graph, and the torch module that it equals."""
     module, shape = VaeDecoder(_stored(source, "vae", dtype, integers)), source.family.latent_shape(source)
-    captured = _capture_once(
-        (source.folder, source.sha256, VAE_DECODER, dtype, integers, free_size),
+    captured = _capture_part(
+        source,
+        "vae",
+        (VAE_DECODER, shape, dtype, integers, free_size),
         lambda: capture_vae_decoder(module, shape, free_size),
     )
     return _finished(captured, dtype, integers), module
@@ -152,8 +154,10 @@ def make_vae_encoder(
     """The encoder's graph, and the torch module that it equals."""
     module, size = VaeEncoder(_stored(source, "vae", dtype, integers)), source.family.image_size(source)
     multiple = source.family.pixels_per_latent(source) if free_size else 0
-    captured = _capture_once(
-        (source.folder, source.sha256, VAE_ENCODER, dtype, integers, multiple),
+    captured = _capture_part(
+        source,
+        "vae",
+        (VAE_ENCODER, size, dtype, integers, multiple),
         lambda: capture_vae_encoder(module, size, multiple),
     )
     return _finished(captured, dtype, integers), module
@@ -171,31 +175,19 @@ def _architecture(source: Source) -> tuple[Hashable, ...]:
     return type(source.family), json.dumps(config, sort_keys=True, default=str), source.splits_shortcuts
 
 
-_captured: dict[tuple[Hashable, ...], ir.Model] = {}
-
-
-def _capture_once(key: tuple[Hashable, ...], make: Callable[[], ir.Model]) -> ir.Model:
-    """A graph to edit: captured, or copied from the capture that an earlier export of this process made.
-
-    Tracing a UNet takes seconds whatever its size, and a demo exports the same small model several times. A large
-    model's weights are not kept in memory for that.
+def _capture_part(source: Source, part: str, key: tuple[Hashable, ...], make: Callable[[], ir.Model]) -> ir.Model:
+    """A text encoder's or the VAE's graph, which holds its weights; not kept where they are large.
 
     Args:
-        key: all that the graph depends on.
+        source: the checkpoint.
+        part: of the checkpoint.
+        key: what else the graph depends on.
         make: captures it.
     """
-    if key not in _captured:
-        model = make()
-        if _bytes(model) > _KEPT_BYTES:
-            return model
-        _captured[key] = model
-    return _captured[key].clone()
-
-
-def _bytes(model: ir.Model) -> int:
-    """Memory of a graph's constants, those of a skeleton not counted."""
-    constants = (value.const_value.numpy() for value in model.graph.initializers.values() if value.const_value)
-    return sum(array.nbytes for array in constants if not is_hollow(array))
+    if source.weights_bytes(part) > KEPT_BYTES:
+        return make()
+    config = (source.folder / part / "config.json").read_bytes()
+    return capture_once((source.weights_sha256(part), config, *key), make)
 
 
 def _stored(source: Source, part: str, dtype: Dtype, integers: IntegerDtype | None) -> nn.Module:

@@ -36,13 +36,9 @@ def check_built_engine(package: Package, engine: str, result: ExportResult) -> t
     session = chosen.load(package, package.engine(engine), {})
     criterion = _measure(session, engine, result)
     report = ParityReport(criteria=(criterion,))
-    if not criterion.passed:
-        _drop(package, engine)
+    kept = _record(package, engine, report) if criterion.passed else _drop(package, engine)
     report.require(f"the engine {engine} was taken out of the package again")
-    fidelity = dict(package.manifest.fidelity)
-    fidelity["parity"] = {**fidelity["parity"], **report.to_manifest()}
-    manifest = package.manifest.model_copy(update={"fidelity": fidelity})
-    return PackageEditor.open(package).commit(manifest), criterion
+    return kept, criterion
 
 
 def _measure(session: Session, engine: str, result: ExportResult) -> Criterion:
@@ -77,11 +73,19 @@ def _reference_distances(result: ExportResult, steps: list[int]) -> np.ndarray:
     return np.zeros((len(steps), len(result.samples.conditioning) // 2))
 
 
-def _drop(package: Package, engine: str) -> None:
-    editor = PackageEditor.open(package)
-    entry = package.engine(engine)
-    for file in entry.components.values():
-        if file.startswith("engines/"):
-            editor.drop(file)
-    engines = {name: other for name, other in package.manifest.engines.items() if name != engine}
-    editor.commit(package.manifest.model_copy(update={"engines": engines}))
+def _record(package: Package, engine: str, report: ParityReport) -> Package:
+    with PackageEditor.edit(package.folder, f"check of {engine}") as editor:
+        fidelity = dict(editor.current.fidelity)
+        fidelity["parity"] = {**fidelity["parity"], **report.to_manifest()}
+        return editor.commit(editor.current.model_copy(update={"fidelity": fidelity}))
+
+
+def _drop(package: Package, engine: str) -> Package:
+    with PackageEditor.edit(package.folder, f"check of {engine}") as editor:
+        engines = dict(editor.current.engines)
+        if engines.get(engine) != package.engine(engine):  # another one by now, which is not what was measured
+            return Package(package.folder, editor.current)
+        for file in engines.pop(engine).components.values():
+            if file.startswith("engines/"):
+                editor.drop(file)
+        return editor.commit(editor.current.model_copy(update={"engines": engines}))

@@ -13,7 +13,8 @@ import onnx
 import onnx_ir as ir
 
 from sdq_engines.errors import SdqError
-from sdq_engines.files import atomic_write_bytes, claim_output, folder_kind, remove_empty_parents
+from sdq_engines.files import atomic_write_bytes, claimed_folder, folder_kind, remove_empty_parents
+from sdq_engines.locks import MANIFEST_LOCK, sole_writer
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import LICENSE, MANIFEST, NOTICE, SAMPLER, model_file, tokenizer_file
 from sdq_engines.package.paths import is_inside
@@ -34,16 +35,20 @@ _STAGING, _NEW = ".staging-", "new"
 @contextlib.contextmanager
 def claimed_output(out: str | Path) -> Iterator[Path]:
     """The output folder, checked at the start; if the export fails, it is again what it was."""
-    existed, was_package = Path(out).exists(), folder_kind(out) == "package"
-    folder = claim_output(out, "package")
+    existed = Path(out).exists()
     try:
-        yield folder
+        with claimed_folder(out, "package", "export") as folder:
+            was_package = folder_kind(folder) == "package"
+            try:
+                yield folder
+            except BaseException:
+                if not was_package:
+                    (folder / MANIFEST).unlink(missing_ok=True)
+                raise
     except BaseException:
-        with contextlib.suppress(OSError):
-            if not was_package:
-                (folder / MANIFEST).unlink(missing_ok=True)
-            if not existed and not any(folder.iterdir()):
-                folder.rmdir()
+        if not existed:
+            with contextlib.suppress(OSError):  # not empty: another's by now
+                Path(out).rmdir()
         raise
 
 
@@ -84,7 +89,8 @@ def write_files(folder: Path, staging: Path, source: Source, plan: SamplerPlan, 
     A full disk is met before a package that is already here is touched.
     """
     _stage(staging / _NEW, source, plan, manifest)
-    return _swap(folder, staging / _NEW, staging / "old", manifest)
+    with sole_writer(folder, MANIFEST_LOCK, "export"):
+        return _swap(folder, staging / _NEW, staging / "old", manifest)
 
 
 def _swap(folder: Path, new: Path, old: Path, manifest: Manifest) -> Package:

@@ -67,6 +67,10 @@ class Source:
             return sha256_file(files[0])
         return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
+    def weights_bytes(self, part: str) -> int:
+        """Bytes of the weight files of a part."""
+        return sum(file.stat().st_size for file in self._weight_files(part))
+
     def part(self, name: str) -> Any:
         """A model or tokenizer of the family's `parts`, loaded once.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,7 +103,7 @@ def evaluate(
     from sdq_deploy.evaluation.evaluate import join_processes, run_evaluation, scorers_of
     from sdq_deploy.evaluation.gates import check_measured, failures, parse_limits
     from sdq_deploy.evaluation.manifest import write_manifests
-    from sdq_deploy.evaluation.output import claim, write_results
+    from sdq_deploy.evaluation.output import claimed, write_results
     from sdq_deploy.evaluation.sampling import agree_on_sampler
     from sdq_deploy.evaluation.settings import EvaluationSettings
     from sdq_deploy.libraries import quiet_libraries
@@ -131,20 +132,19 @@ def evaluate(
         scorers = scorers_of(settings)
     check_measured(limits, scorers.names)
     state = join_processes(settings)
-    if state.is_main_process:
-        claim(out)
-    state.wait_for_everyone()
     progress = new_progress()
     progress.disable = not state.is_main_process
-    try:
-        with progress:
-            scored = run_evaluation(settings, scorers, progress, state)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt("Run the same command again: finished images are kept.") from interrupt
-    if scored is None:
-        return
-    results, scores = scored
-    page = write_results(settings, results, scores)
+    with claimed(out) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        try:
+            with progress:
+                scored = run_evaluation(settings, scorers, progress, state)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt("Run the same command again: finished images are kept.") from interrupt
+        if scored is None:
+            return
+        results, scores = scored
+        page = write_results(settings, results, scores)
     written = write_manifests(found, results) if write_manifest else []
     if json:
         print_json(results.model_dump(mode="json"))

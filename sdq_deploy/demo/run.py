@@ -18,7 +18,7 @@ from sdq_deploy.demo.report import DemoReport, EngineFigures, Picture, Stage, Va
 from sdq_deploy.evaluation.grids import comparison_grid
 from sdq_deploy.evaluation.metrics import compare_images
 from sdq_deploy.models import EMBEDDED, resolve_model
-from sdq_engines.files import atomic_write, atomic_write_json, claim_output
+from sdq_engines.files import atomic_write, atomic_write_json, claimed_folder
 from sdq_engines.package.layout import DENOISER, PROLOGUE
 
 if TYPE_CHECKING:
@@ -83,8 +83,12 @@ def run_demo(settings: DemoSettings, command: Callable[[list[str]], None]) -> De
     Raises:
         SdqError: a stage failed, with its reason; finished stages are kept and not done again.
     """
-    out = claim_output(settings.out, "demo")
-    atomic_write_json(out / "demo.json", {"kind": "sdq-demo"})
+    with claimed_folder(settings.out, "demo", "demo") as out:
+        atomic_write_json(out / "demo.json", {"kind": "sdq-demo"})
+        return _run(settings, command, out)
+
+
+def _run(settings: DemoSettings, command: Callable[[list[str]], None], out: Path) -> DemoReport:
     demo = _Demo(settings, command)
     for precision, run, package in (("w4a8", "run", "package"), ("w8a8", "run-w8a8", "package-w8a8")):
         _train_and_export(demo, precision, out / run, out / package)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sdq_deploy.evaluation.candidates import Candidate
 from sdq_deploy.evaluation.results import CandidateResult, EvaluationResults
 from sdq_engines.package.editor import PackageEditor
-from sdq_engines.package.store import Package, open_package
+from sdq_engines.package.store import open_package
 
 __all__ = ["write_manifests"]
 
@@ -17,12 +18,12 @@ def write_manifests(candidates: Sequence[Candidate], results: EvaluationResults)
     written = []
     for candidate, found in zip(candidates, results.candidates, strict=True):
         if candidate.kind == "package":
-            _write(open_package(candidate.path, verify="cached"), candidate, found, results)
+            _write(open_package(candidate.path, verify="cached").folder, candidate, found, results)
             written.append(candidate.path)
     return written
 
 
-def _write(package: Package, candidate: Candidate, found: CandidateResult, results: EvaluationResults) -> None:
+def _write(folder: Path, candidate: Candidate, found: CandidateResult, results: EvaluationResults) -> None:
     entry = {
         "engine": candidate.engine,
         "reference": {"model": results.reference.path, "identity": results.reference.identity},
@@ -31,7 +32,6 @@ def _write(package: Package, candidate: Candidate, found: CandidateResult, resul
         "figures": {name: figure.model_dump() for name, figure in found.figures.items()},
         "latent_errors": [error.value for error in found.latent_errors],
     }
-    manifest = package.manifest
-    PackageEditor.open(package).commit(
-        manifest.model_copy(update={"fidelity": {**manifest.fidelity, "evaluation": entry}})
-    )
+    with PackageEditor.edit(folder, "evaluation") as editor:
+        fidelity = {**editor.current.fidelity, "evaluation": entry}
+        editor.commit(editor.current.model_copy(update={"fidelity": fidelity}))

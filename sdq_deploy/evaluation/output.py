@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from sdq_deploy.evaluation.catalogue import IMAGE_METRICS
@@ -20,20 +21,21 @@ from sdq_deploy.evaluation.report import write_page
 from sdq_deploy.evaluation.results import EvaluationResults
 from sdq_deploy.evaluation.scoring import Scores
 from sdq_deploy.evaluation.settings import EvaluationSettings
-from sdq_engines.files import atomic_write_json, atomic_write_text, claim_output
+from sdq_engines.files import atomic_write_json, atomic_write_text, claimed_folder
 
-__all__ = ["claim", "write_results"]
+__all__ = ["claimed", "write_results"]
 
 
-def claim(out: Path) -> Path:
-    """Make the output folder ours.
+@contextmanager
+def claimed(out: Path) -> Iterator[Path]:
+    """Make the output folder ours for a block.
 
     Raises:
-        SdqError: it holds something else, or cannot be written.
+        SdqError: it holds something else, cannot be written, or another evaluation is writing to it.
     """
-    folder = claim_output(out, "evaluation")
-    atomic_write_json(folder / "evaluation.json", {"kind": "sdq-evaluation"})
-    return folder
+    with claimed_folder(out, "evaluation", "evaluation") as folder:
+        atomic_write_json(folder / "evaluation.json", {"kind": "sdq-evaluation"})
+        yield folder
 
 
 def write_results(settings: EvaluationSettings, results: EvaluationResults, scores: Mapping[str, Scores]) -> Path:

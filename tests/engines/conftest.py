@@ -41,6 +41,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Package]:
     return get
 
 
+@pytest.fixture(scope="session")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Package:
+    """Stochastic, with history and a VAE encoder, built for both CPU engines; do not change it."""
+    shape = TinyShape(precision="w8a8", stochastic=True, encoder=True)
+    package = make_package(tmp_path_factory.mktemp("full") / "package", shape)
+    for engine in ("onnxruntime", "openvino"):
+        package = build_engine(package, engine)
+    return package
+
+
 @pytest.fixture
 def bare(tmp_path: Path) -> Package:
     """A fresh package without engines, to be changed."""

@@ -95,6 +95,7 @@ class Engine:
     profile: dict[str, tuple[tuple[int, ...], ...]]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
+    runs: int = 0
 
     def __post_init__(self) -> None:
         session = open_session(self.model)
@@ -143,6 +144,7 @@ class Engine:
         return True
 
     def _run(self) -> None:
+        self.runs += 1
         inputs = {tensor.name: self._view(tensor.name) for tensor in self.tensors[: self.input_count]}
         for name, value in self.component.run({name: np.array(view) for name, view in inputs.items()}).items():
             self._view(name)[...] = value

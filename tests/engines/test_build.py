@@ -32,9 +32,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def replace_denoiser(package: Package, model: onnx.ModelProto) -> Package:
-    editor = PackageEditor.open(package)
-    editor.add_bytes(model_file(DENOISER), model.SerializeToString())
-    return editor.commit(package.manifest)
+    with PackageEditor.edit(package.folder, "test") as editor:
+        editor.add_bytes(model_file(DENOISER), model.SerializeToString())
+        return editor.commit(editor.current)
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w4a8", "w4a16"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +14,7 @@ from sdq_engines.backends.base import Arrays, Stepper
 from sdq_engines.backends.nvidia.backend import make
 from sdq_engines.backends.nvidia.builder import shapes
 from sdq_engines.backends.nvidia.cuda import Stream
-from sdq_engines.backends.nvidia.session import NvidiaComponent, NvidiaStepper
+from sdq_engines.backends.nvidia.session import Device, NvidiaComponent, NvidiaStepper
 from sdq_engines.backends.onnxruntime import DeviceStepper, OnnxRuntimeComponent, open_session
 from sdq_engines.backends.stepping import HostStepper
 from sdq_engines.errors import SdqError
@@ -50,17 +51,18 @@ def start(package: Package, batch: int = BATCH) -> tuple[np.ndarray, float, np.n
     random = np.random.default_rng(0)
     prompt = {name: random.standard_normal((2 * batch, 12, 32)).astype(np.float32) for name in (KEY, VALUE)}
     latents = random.standard_normal((batch, *package.manifest.io.latent_shape)).astype(np.float32)
-    rows = SamplerTables.load(package.path("sampler.safetensors")).coefficients[0]
+    rows = SamplerTables.load(package.path("sampler.safetensors"), package.manifest.sampler).coefficients[0]
     return latents, 3.0, rows, prompt
 
 
 def run(stepper: Stepper, package: Package) -> list[np.ndarray]:
-    """The latents after each step."""
+    """The latents after each step of a whole run."""
     random, made = np.random.default_rng(1), []
     for index in range(package.manifest.sampler.num_calls):
         noise = random.standard_normal((BATCH, *package.manifest.io.latent_shape)).astype(np.float32)
         stepper.step(index, noise if package.manifest.sampler.stochastic else None)
         made.append(stepper.latents())
+    stepper.close()
     return made
 
 
@@ -83,7 +85,7 @@ def nvidia(package: Package, runtime: Runtime) -> NvidiaComponent:
     graph = apply(load_graph(package.component(DENOISER)), passes)
     profile = shapes(graph, DENOISER, ShapeProfile(batch_max=BATCH), package.manifest.io)
     engine = Engine(runtime, ir.to_proto(graph).SerializeToString(), profile)
-    return NvidiaComponent(TRT, engine, Stream(), DENOISER, None)
+    return NvidiaComponent(TRT, engine, Stream(), DENOISER, None, Device("tensorrt"))
 
 
 def test_a_captured_step_serves_every_step_and_every_run(package: Package, runtime: Runtime) -> None:
@@ -129,6 +131,34 @@ def run_on(component: OnnxRuntimeComponent, package: Package, noise: np.ndarray)
         stepper.step(index, noise if package.manifest.sampler.stochastic else None)
         made.append(stepper.latents())
     return made
+
+
+def test_runs_of_several_threads_take_turns_on_the_device(package: Package, runtime: Runtime) -> None:
+    """And a callback may call a component of its run's device, but not begin another run."""
+    component = nvidia(package, runtime)
+    wanted = run(NvidiaStepper(component, *start(package)), package)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: run(NvidiaStepper(component, *start(package)), package), range(12)))
+    for each in made:
+        for ours, expected in zip(each, wanted, strict=True):
+            np.testing.assert_array_equal(ours, expected)
+    stepper = NvidiaStepper(component, *start(package))
+    with component.device.call(), pytest.raises(SdqError, match="asked for another run"):
+        NvidiaStepper(component, *start(package))
+    stepper.close()
+    stepper.close()  # once is enough, twice does no harm
+    run(NvidiaStepper(component, *start(package)), package)
+
+
+def test_a_step_is_captured_once_for_all_runs_of_a_shape(package: Package, runtime: Runtime) -> None:
+    component = nvidia(package, runtime)
+    calls = package.manifest.sampler.num_calls
+    for runs in (1, 2):
+        run(NvidiaStepper(component, *start(package)), package)
+        assert component.engine.runs == 1 + runs * calls  # one to warm up, then the steps alone
+    graph = component.graph
+    NvidiaStepper(component, *start(package, batch=1)).close()
+    assert component.graph is not graph
 
 
 def test_a_batch_outside_the_profile_is_one_sentence(package: Package, runtime: Runtime) -> None:

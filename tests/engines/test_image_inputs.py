@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,20 @@ from PIL import Image
 
 from sdq_engines import Pipeline
 from sdq_engines.backends.onnxruntime import OnnxRuntimeComponent, open_session
-from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.package.store import Package
 from sdq_engines.runtime.loop import StepEvent
 from sdq_engines.runtime.noise import NoiseStream
-from sdq_engines.runtime.pictures import mask_pixels, open_picture, pixels
+from sdq_engines.runtime.pictures import mask_pixels, one_each, open_picture, pixels
 from sdq_engines.runtime.sampler import SamplerTables
-from tests.engines.graphs import TinyShape
-from tests.engines.packages import make_package
 
 PROMPT = "a red circle on the left of a blue square"
 ENGINES = ["onnxruntime", "openvino"]
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
-    """Stochastic, with a VAE encoder, built for both CPU engines."""
-    shape = TinyShape(precision="w8a8", stochastic=True, encoder=True)
-    made = make_package(tmp_path_factory.mktemp("package") / "package", shape)
-    for engine in ENGINES:
-        made = build_engine(made, engine)
-    return made
+@pytest.fixture
+def package(full: Package) -> Package:
+    return full
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -55,7 +48,7 @@ def by_hand(package: Package, image: Image.Image, painted: np.ndarray | None, fi
     }
     text = Pipeline.from_package(package, "onnxruntime").prompts
     feeds = graph["prologue"].run(text.encode(["", PROMPT]))
-    tables = SamplerTables.load(package.path("sampler.safetensors"))
+    tables = SamplerTables.load(package.path("sampler.safetensors"), package.manifest.sampler)
     stream, shape = NoiseStream(seed), (4, 8, 8)
     moments = graph["vae_encoder"].run(
         {"images": (np.asarray(image, np.float32) / 127.5 - 1).transpose(2, 0, 1)[None]}
@@ -135,9 +128,18 @@ def test_strength_chooses_the_steps_and_the_callback_counts_them(package: Packag
         ({"image": [photo(), photo()]}, "2 images were given for 1 prompts"),
         ({"image": photo(), "mask_image": [mask()] * 3}, "3 mask_images were given for 1 prompts"),
         ({"image": 7}, "image is a int; a PIL image, an array or a file's path is wanted"),
-        ({"image": np.zeros((64, 64, 3))}, r"array \[64, 64, 3\] of float64; \[H, W, 3\] of uint8 is wanted"),
-        ({"image": np.zeros((64, 64), np.uint8)}, r"array \[64, 64\] of uint8; \[H, W, 3\]"),
-        ({"image": photo(), "mask_image": np.zeros((8, 8, 3), np.uint8)}, r"\[H, W\] of uint8 or bool is wanted"),
+        ({"image": np.zeros((3, 64, 64))}, r"array \[3, 64, 64\]; \[H, W, 3\] or \[H, W\] is wanted.*\n.*transpose"),
+        ({"image": np.zeros((0, 64, 3))}, "image has no pixels: 0x64x3"),
+        ({"image": np.full((64, 64, 3), 2.0)}, "values from 2 to 2 of float64; 0 to 1 is wanted"),
+        ({"image": np.full((64, 64, 3), np.nan)}, "from nan to nan of float64"),
+        ({"image": np.full((64, 64, 3), -1)}, "from -1 to -1 of int64, which may mean several things"),
+        ({"image": np.ones((64, 64, 3), np.int64)}, "from 1 to 1 of int64, which may mean"),
+        ({"image": np.full((64, 64), 200, np.uint16)}, "from 200 to 200 of uint16, which may mean"),
+        ({"image": np.full((64, 64), "a")}, "image is an array of <U1"),
+        ({"image": Image.new("I", (64, 64), 70000)}, "from 70000 to 70000 of int32"),
+        ({"image": Image.new("F", (64, 64), 17.0)}, "from 17 to 17 of float32; 0 to 1"),
+        ({"image": photo(), "mask_image": np.zeros((8, 8, 3), np.uint8)}, r"array \[8, 8, 3\]; \[H, W\] is wanted"),
+        ({"image": photo(), "mask_image": np.full((8, 8), 1.5)}, "mask_image has values from 1.5 to 1.5"),
         ({"image": "nowhere.png"}, "image: there is no file nowhere.png"),
         ({"image": Path(__file__)}, "is not an image that can be read"),
         ({"image": photo(), "padding_mask_crop": 8}, "cannot honour padding_mask_crop"),
@@ -145,8 +147,55 @@ def test_strength_chooses_the_steps_and_the_callback_counts_them(package: Packag
 )
 def test_what_cannot_be_an_image_is_one_sentence(package: Package, arguments: dict[str, Any], message: str) -> None:
     pipeline = Pipeline.from_package(package, "onnxruntime")
-    with pytest.raises(SdqError, match=message):
+    with pytest.raises(SdqError) as caught:
         pipeline(PROMPT, **arguments)
+    assert re.search(message, str(caught.value)), caught.value
+
+
+def test_values_that_can_mean_one_thing_only_are_taken(tmp_path: Path) -> None:
+    ramp = np.tile(np.arange(0, 65536, 1024, dtype=np.uint16), (64, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    Image.fromarray(ramp).save(tmp_path / "ramp.tif")
+    wanted = 2 * (ramp / 65535) - 1
+    big_endian = Image.frombytes("I;16B", (64, 64), ramp.astype(">u2").tobytes())
+    for given in (
+        tmp_path / "ramp.png",
+        tmp_path / "ramp.tif",
+        ramp,
+        big_endian,
+        ramp / 65535,
+        (ramp // 257).astype(int),
+    ):
+        made = pixels(open_picture(given, "image"), (64, 64))
+        assert np.abs(made - wanted).max() < 2 / 255
+        assert mask_pixels(open_picture(given, "mask_image"), (64, 64)).mean() == pytest.approx(0.5, abs=1 / 64)
+    grey = np.asarray(photo())[..., 0]
+    assert np.array_equal(
+        pixels(open_picture(grey[..., None], "image"), (64, 64)), pixels(Image.fromarray(grey), (64, 64))
+    )
+    several = np.stack([np.asarray(photo(seed)) for seed in range(2)])
+    assert [np.array_equal(a, b) for a, b in zip(one_each(several, 2, "image"), several, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32, np.float16, np.uint16, bool])
+def test_a_mask_of_zeros_and_ones_paints_where_it_is_one(dtype: type) -> None:
+    painted = mask_pixels(open_picture(mask().astype(dtype), "mask_image"), (64, 64))[0]
+    assert np.array_equal(painted, mask())
+    if dtype in (np.uint8, np.float32, bool):
+        assert np.array_equal(
+            mask_pixels(open_picture(Image.fromarray(mask().astype(dtype)), "mask_image"), (64, 64))[0], mask()
+        )
+
+
+def test_what_may_not_be_meant_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert not mask_pixels(Image.new("L", (64, 64)), (64, 64)).any()
+        assert "nothing is painted" in caplog.text
+        caplog.clear()
+        pixels(Image.new("RGBA", (64, 64), (9, 9, 9, 255)), (64, 64))
+        assert not caplog.text
+        pixels(Image.new("RGBA", (64, 64), (9, 9, 9, 100)), (64, 64))
+        assert "transparent in places" in caplog.text
 
 
 def test_a_package_of_before_says_how_to_get_an_encoder(built: Callable[[str], Package], package: Package) -> None:

@@ -41,7 +41,7 @@ def by_hand(package: Package, prompt: str, negative: str, seed: int, guidance: f
     embeddings = graphs["text_encoder"].run({"input_ids": np.array(ids)})["text_embeddings"]
     feeds = graphs["prologue"].run({"text_embeddings": embeddings})
     assert feeds[KEY].shape[0] == feeds[VALUE].shape[0] == 2
-    tables = SamplerTables.load(package.path("sampler.safetensors"))
+    tables = SamplerTables.load(package.path("sampler.safetensors"), package.manifest.sampler)
     stream = NoiseStream(seed)
     shape = package.manifest.io.latent_shape
     feeds["latents"] = stream.normal(shape)[None] * tables.init_noise_sigma[0]
@@ -205,6 +205,22 @@ def test_an_engine_that_does_not_work_here_says_what_is_missing(copy: Package, e
 
 
 def test_a_provider_that_is_not_there_is_named(built: Built) -> None:
-    pipeline = Pipeline.from_package(built("w4a8"), "onnxruntime", providers=["CUDAExecutionProvider"])
     with pytest.raises(SdqError, match="no CUDAExecutionProvider"):
-        pipeline(PROMPT)
+        Pipeline.from_package(built("w4a8"), "onnxruntime", providers=["CUDAExecutionProvider"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "message"),
+    [
+        ("openvino", {"providers": ["CUDAExecutionProvider"]}, "openvino takes no option 'providers'"),
+        ("auto", {"providers": ["CUDAExecutionProvider"]}, "openvino takes no option 'providers'"),
+        ("openvino", {"thread": 2}, "Did you mean 'threads'"),
+        ("onnxruntime", {"session_options": None}, "onnxruntime takes no option 'session_options'"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    built: Built, engine: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(SdqError, match=message) as caught:
+        Pipeline.from_package(built("w4a8"), engine, **options)
+    assert "threads" in caught.value.hint

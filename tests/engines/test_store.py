@@ -8,15 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from sdq_engines import Pipeline
+from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import MANIFEST
 from sdq_engines.package.paths import is_inside
 from sdq_engines.package.schema import SCHEMA_VERSION
 from sdq_engines.package.store import Package, open_package, read_manifest
+from tests.hubcache import into_hub_cache
 
+Built = Callable[[str], Package]
 MODEL = "denoiser/model.onnx"
 
 
@@ -133,6 +138,39 @@ def test_a_symlinked_folder_is_refused(bare: Package, tmp_path: Path) -> None:
         open_package(bare.folder)
 
 
+def test_a_hub_caches_links_are_followed_and_what_they_lead_to_is_hashed(built: Built, tmp_path: Path) -> None:
+    snapshot = into_hub_cache(built("w4a8").folder, tmp_path)
+    pipeline = Pipeline.load(snapshot, "openvino")
+    wanted = Pipeline.from_package(built("w4a8"), "openvino")("a red star", seed=1).latents
+    np.testing.assert_array_equal(pipeline("a red star", seed=1).latents, wanted)
+    blob = (snapshot / MODEL).resolve()
+    blob.write_bytes(b"x" + blob.read_bytes()[1:])
+    with pytest.raises(SdqError, match="hash is not the manifest's"):
+        open_package(snapshot)
+
+
+def test_a_hub_caches_link_that_leads_elsewhere_is_refused(built: Built, tmp_path: Path) -> None:
+    snapshot = into_hub_cache(built("w4a8").folder, tmp_path)
+    outside = tmp_path / "outside"
+    outside.write_bytes((snapshot / MODEL).read_bytes())
+    (snapshot / MODEL).unlink()
+    (snapshot / MODEL).symlink_to(outside)
+    with pytest.raises(SdqError, match="symlink that leads out") as caught:
+        open_package(snapshot)
+    assert "--local-dir" in caught.value.hint
+
+
+def test_an_engine_of_linked_weights_is_built_from_plain_files(bare: Package, tmp_path: Path) -> None:
+    """Parsers of ONNX do not follow a link to weights beside the graph."""
+    with PackageEditor.edit(bare.folder, "test") as editor:
+        editor.add_bytes(f"{MODEL}.data", b"weights")
+        editor.commit(editor.current)
+    package = open_package(into_hub_cache(bare.folder, tmp_path / "cache"))
+    with pytest.raises(SdqError, match="plain files") as caught:
+        build_engine(package, "openvino")
+    assert "--local-dir" in caught.value.hint
+
+
 def test_a_newer_schema_says_to_upgrade(bare: Package) -> None:
     edit_manifest(bare, lambda content: content.update(schema_version=SCHEMA_VERSION + 1, something_new=1))
     with pytest.raises(SdqError, match=f"version {SCHEMA_VERSION + 1}") as caught:
@@ -167,11 +205,11 @@ def test_an_interrupted_export_is_incomplete(tmp_path: Path) -> None:
 
 
 def test_dropped_files_go_only_after_the_manifest(bare: Package) -> None:
-    editor = PackageEditor.open(bare)
-    editor.add_bytes("engines/x/new/a.bin", b"new")
-    editor.drop("LICENSE")
-    assert open_package(bare.folder).manifest == bare.manifest
-    after = editor.commit(bare.manifest)
+    with PackageEditor.edit(bare.folder, "test") as editor:
+        editor.add_bytes("engines/x/new/a.bin", b"new")
+        editor.drop("LICENSE")
+        assert open_package(bare.folder).manifest == bare.manifest
+        after = editor.commit(editor.current)
     assert "engines/x/new/a.bin" in after.manifest.files
     assert not (bare.folder / "LICENSE").exists()
     assert open_package(bare.folder).manifest == after.manifest
@@ -179,16 +217,15 @@ def test_dropped_files_go_only_after_the_manifest(bare: Package) -> None:
 
 def test_abandoned_changes_leave_nothing(bare: Package) -> None:
     before = sorted(path.relative_to(bare.folder) for path in bare.folder.rglob("*"))
-    editor = PackageEditor.open(bare)
-    editor.add_bytes("engines/x/new/a.bin", b"new")
-    editor.abandon()
+    with PackageEditor.edit(bare.folder, "test") as editor:
+        editor.add_bytes("engines/x/new/a.bin", b"new")
     assert sorted(path.relative_to(bare.folder) for path in bare.folder.rglob("*")) == before
 
 
 def test_an_editor_writes_inside_only(bare: Package) -> None:
     for path in ("../x", MANIFEST):
-        with pytest.raises(SdqError):
-            PackageEditor.open(bare).add_bytes(path, b"")
+        with PackageEditor.edit(bare.folder, "test") as editor, pytest.raises(SdqError):
+            editor.add_bytes(path, b"")
 
 
 def test_a_missing_engine_names_the_command(bare: Package) -> None:

@@ -144,7 +144,7 @@ def test_a_wrong_layer_is_caught_on_a_budget(source: Source, tmp_path: Path, mon
         original(self, spec, {**tensors, key: tensors[key] * 1.001})
 
     monkeypatch.setattr(QuantizeWeights, "__init__", wrong)
-    with pytest.raises(SdqError, match=rf"(?s)layer's output|without activation quantization"):
+    with pytest.raises(SdqError, match=r"(?s)layer's output|without activation quantization"):
         export_package(source, tmp_path / "package", plan, GUIDANCE, checkpoint=checkpoint, gate=12)
     assert not (tmp_path / "package").exists()
 

@@ -95,6 +95,23 @@ def test_ctrl_c_in_a_stage_leaves_what_was_there(
     assert contents(out) == contents(made) if replaced else not out.exists()
 
 
+def test_a_second_export_into_a_folder_is_refused_and_the_first_goes_on(
+    tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "package"
+    process = start("-m", "sdq_deploy.cli.main", *options(tiny_sd, out))
+    said_until(process, "sampling with")
+    with pytest.raises(SystemExit) as refused:
+        main.run(options(tiny_sd, out))
+    assert refused.value.code == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"is being written by another process (process {process.pid}, export, since" in said
+    with pytest.raises(SdqError, match=f"is being written now .process {process.pid}, export"):
+        open_package(out)
+    assert finish(process)[0] == 0
+    assert set(contents(out)) == {"manifest.json", *open_package(out, verify="full").manifest.files}
+
+
 @pytest.mark.parametrize("replaced", [True, False])
 def test_ctrl_c_while_files_are_replaced_puts_them_back(
     source: Source, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +29,7 @@ __all__ = [
     "Component",
     "Session",
     "Stepper",
+    "check_load_options",
     "require_working",
 ]
 
@@ -80,7 +82,17 @@ class BuildResult:
 
 
 class Component(Protocol):
-    """One loaded graph."""
+    """One loaded graph; may be run from several threads at once."""
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int | None, ...]]:
+        """Name -> shape; None where a dimension is free."""
+        ...
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Names."""
+        ...
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         """Every output by its name. Feeds are cast to the engine's own types where they differ (FP32 to FP16)."""
@@ -88,7 +100,11 @@ class Component(Protocol):
 
 
 class Stepper(Protocol):
-    """A denoising run in progress for one batch: state lives in the engine, on its device."""
+    """A denoising run in progress for one batch: its state is its own, in the engine's memory.
+
+    Of several runs on one engine, each in its thread, none sees another's state. A GPU's engine makes them one after
+    the other, so a run must be closed.
+    """
 
     def step(self, index: int, noise: np.ndarray | None) -> None:
         """Make model call `index` (0..T-1); `noise` [batch, C, h, w] for stochastic samplers, else None."""
@@ -102,9 +118,13 @@ class Stepper(Protocol):
         """Go on from other latents, FP32 [batch, C, h, w]; the sampler's history stays."""
         ...
 
+    def close(self) -> None:
+        """End the run."""
+        ...
+
 
 class Session(Protocol):
-    """A loaded engine of one package."""
+    """A loaded engine of one package; its components and runs may be asked for from several threads at once."""
 
     name: str
     entry: EngineEntry
@@ -114,7 +134,7 @@ class Session(Protocol):
         ...
 
     def stepper(self, latents: np.ndarray, guidance_scale: float, coefficients: np.ndarray, prompt: Arrays) -> Stepper:
-        """Start a run.
+        """Start a run; close it (`contextlib.closing`).
 
         Args:
             latents: FP32 [batch, C, h, w], noise already scaled by the sampler's initial sigma.
@@ -133,6 +153,9 @@ class Backend(Protocol):
 
     build_options: tuple[str, ...]
     """Which of the options of `sdq_engines.build.build_engine` it honours."""
+
+    load_options: tuple[str, ...]
+    """Which options `load` takes."""
 
     def available(self) -> Availability:
         """Whether it works here; never raises, imports the backend's library."""
@@ -153,6 +176,18 @@ class Backend(Protocol):
             SdqError: built for another version or device than this machine has; with the command that mends it.
         """
         ...
+
+
+def check_load_options(engine: Backend, options: Mapping[str, Any]) -> None:
+    """Raises: SdqError: an option of `Pipeline.load` that this engine does not take; it would have changed nothing."""
+    for name in options:
+        if name not in engine.load_options:
+            close = difflib.get_close_matches(name, engine.load_options, n=1, cutoff=0.6)
+            guess = f" Did you mean {close[0]!r}?" if close else ""
+            takes = ", ".join(engine.load_options) or "none"
+            raise SdqError(
+                f"The engine {engine.name} takes no option {name!r}.{guess}", f"Options of {engine.name}: {takes}."
+            )
 
 
 def require_working(engine: Backend) -> Availability:

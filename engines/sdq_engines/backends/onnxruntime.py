@@ -11,6 +11,7 @@ them. With a GPU provider fusion stays on, and weight-only MatMuls run at accura
 from __future__ import annotations
 
 import importlib.util
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import numpy as np
 from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.stepping import HostStepper
 from sdq_engines.errors import SdqError
+from sdq_engines.package.held import PackageChangedError, files_of, hold
 from sdq_engines.package.layout import DENOISER
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     build_options: tuple[str, ...] = ()
+    load_options: tuple[str, ...] = ("providers", "threads")
 
     def available(self) -> Availability:
         hint = "pip install 'sdq-deploy[cpu]' (or [gpu] for the CUDA provider)"
@@ -122,16 +125,25 @@ class OnnxRuntimeComponent:
 
     def __init__(self, session: ort.InferenceSession, device: str) -> None:
         self.session, self.device = session, device
-        self.inputs = {item.name for item in session.get_inputs()}
+        self.inputs = {item.name: _shape(item.shape) for item in session.get_inputs()}
         self.outputs = [item.name for item in session.get_outputs()]
+        self.lock = threading.Lock()
+        """For runs that bind device memory; a plain run of a session is safe from any thread."""
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         wanted = {name: value for name, value in feeds.items() if name in self.inputs}
         return dict(zip(self.outputs, self.session.run(self.outputs, wanted), strict=True))
 
 
+def _shape(dims: Sequence[int | str | None]) -> tuple[int | None, ...]:
+    return tuple(dim if isinstance(dim, int) else None for dim in dims)
+
+
 class OnnxRuntimeSession:
-    """The package's graphs in ONNX Runtime, each opened on first use."""
+    """The package's graphs in ONNX Runtime, each opened on first use.
+
+    ONNX Runtime's sessions are safe to run from several threads, and a run's state is the stepper's own.
+    """
 
     name = "onnxruntime"
 
@@ -142,13 +154,31 @@ class OnnxRuntimeSession:
         self.providers, self.threads = providers, threads
         first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         self.device = _DEVICES.get(first, "cpu")
+        self._files = hold(package.folder, files_of(package, entry))
         self._components: dict[str, OnnxRuntimeComponent] = {}
+        self._opening = threading.Lock()
 
     def component(self, name: str) -> OnnxRuntimeComponent:
-        if name not in self._components:
-            session = open_session(self.package.component(name), self.providers, self.threads)
-            self._components[name] = OnnxRuntimeComponent(session, self.device)
-        return self._components[name]
+        with self._opening:
+            if name not in self._components:
+                self._components[name] = OnnxRuntimeComponent(self._open(name), self.device)
+            return self._components[name]
+
+    def _open(self, name: str) -> ort.InferenceSession:
+        """From its path, which lets ONNX Runtime map the weights; from the held file where that is no longer there."""
+        relative = self.entry.components[name]
+        held = {path: file for path, file in self._files.items() if path in (relative, f"{relative}.data")}
+        try:
+            session = open_session(self.package.path(relative), self.providers, self.threads)
+        except SdqError:
+            if all(file.unchanged for file in held.values()):
+                raise
+        else:
+            if all(file.unchanged for file in held.values()):
+                return session
+        if len(held) > 1:  # weights beside the graph are found by its path alone
+            raise PackageChangedError(self.package.folder)
+        return open_session(held[relative].read(), self.providers, self.threads)
 
     def stepper(
         self, latents: np.ndarray, guidance_scale: float, coefficients: np.ndarray, prompt: Arrays
@@ -174,7 +204,7 @@ class DeviceStepper:
         import onnxruntime as ort
 
         self._value = lambda array: ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), denoiser.device, 0)
-        self.session, self.device = denoiser.session, denoiser.device
+        self.session, self.device, self._lock = denoiser.session, denoiser.device, denoiser.lock
         self.rows = [np.ascontiguousarray(row) for row in coefficients]
         self.state = {"latents": self._value(latents)}
         if history := package.manifest.sampler.history:
@@ -193,7 +223,8 @@ class DeviceStepper:
             binding.bind_cpu_input("noise", noise)
         for name in self.state:
             binding.bind_output(f"{name}_out", self.device, 0)
-        self.session.run_with_iobinding(binding)
+        with self._lock:
+            self.session.run_with_iobinding(binding)
         self.state = dict(zip(self.state, binding.get_outputs(), strict=True))
 
     def latents(self) -> np.ndarray:
@@ -201,6 +232,9 @@ class DeviceStepper:
 
     def replace(self, latents: np.ndarray) -> None:
         self.state["latents"] = self._value(np.asarray(latents, np.float32))
+
+    def close(self) -> None:
+        pass
 
 
 def _kernel_counts(package: Package) -> KernelCounts | None:

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import platform
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import numpy as np
 from sdq_engines.backends.base import FP32_OPTION, Arrays, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.profiles import extents, fixed_size, input_dims
 from sdq_engines.errors import SdqError
+from sdq_engines.package.held import files_of, hold
 from sdq_engines.package.layout import DENOISER, VAE_DECODER
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class OpenVinoBackend:
 
     name = "openvino"
     build_options: tuple[str, ...] = (FP32_OPTION,)
+    load_options: tuple[str, ...] = ("threads",)
 
     def available(self) -> Availability:
         hint = "pip install 'sdq-deploy[cpu]'"
@@ -168,11 +171,18 @@ def _bytes(exported: Any) -> memoryview:
 
 
 class OpenVinoComponent:
-    """One compiled graph and one infer request."""
+    """One compiled graph and one infer request, which serves one call at a time.
+
+    A call takes all cores, so a second request would take memory and make nothing faster.
+    """
 
     def __init__(self, compiled: Any) -> None:
-        self.request = compiled.create_infer_request()
-        self.inputs = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
+        self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()
+        self._bound: object = None
+        """Whose buffers the request reads."""
+        self._shapes = {port.get_any_name(): port.get_partial_shape() for port in compiled.inputs}
+        self.inputs = {name: _known(shape) for name, shape in self._shapes.items()}
         self.outputs = [port.get_any_name() for port in compiled.outputs]
 
     def check(self, feeds: Mapping[str, np.ndarray]) -> None:
@@ -180,7 +190,7 @@ class OpenVinoComponent:
         ov = _openvino()
 
         for name, value in feeds.items():
-            shape = self.inputs[name]
+            shape = self._shapes[name]
             if not shape.compatible(ov.PartialShape(list(value.shape))):
                 raise SdqError(
                     f"The openvino engine was built for {name} of shape {shape}; {list(value.shape)} was asked for.",
@@ -190,8 +200,30 @@ class OpenVinoComponent:
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
         wanted = {name: value for name, value in feeds.items() if name in self.inputs}
         self.check(wanted)
-        results = self.request.infer(wanted, share_inputs=True)
-        return {name: np.array(results[name]) for name in self.outputs}
+        with self._lock:
+            self._bound = None
+            results = self._request.infer(wanted, share_inputs=True)
+            return {name: np.array(results[name]) for name in self.outputs}
+
+    def infer_in_place(self, buffers: Arrays, state: Mapping[str, np.ndarray]) -> None:
+        """One call on buffers that stay the same from call to call: bound once, and again after another's call.
+
+        Args:
+            buffers: every input by name.
+            state: output's name -> the array that it is copied into.
+        """
+        with self._lock:
+            if self._bound is not buffers:
+                for name, buffer in buffers.items():
+                    self._request.set_tensor(name, _tensor(buffer))
+                self._bound = buffers
+            self._request.infer()
+            for name, target in state.items():
+                target[...] = self._request.get_tensor(name).data
+
+
+def _known(shape: Any) -> tuple[int | None, ...]:
+    return tuple(dim.get_length() if dim.is_static else None for dim in shape)
 
 
 class OpenVinoSession:
@@ -205,20 +237,28 @@ class OpenVinoSession:
         self.package, self.entry = package, entry
         self._core = ov.Core()
         self._properties = {**PROPERTIES, **({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})}
+        self._files = hold(package.folder, files_of(package, entry))
         self._components: dict[str, OpenVinoComponent] = {}
+        self._blobs: list[np.ndarray] = []
+        """What the compiled graphs read their weights from."""
+        self._opening = threading.Lock()
 
     def component(self, name: str) -> OpenVinoComponent:
-        if name not in self._components:
-            blob = self.package.path(self.entry.components[name]).read_bytes()
-            try:
-                compiled = self._core.import_model(blob, DEVICE, self._properties)
-            except RuntimeError as error:
-                raise SdqError(
-                    f"OpenVINO refuses its own blob of {name}: {str(error).splitlines()[-1]}",
-                    f"Build it again: sdq-deploy build {self.package.folder} --engine openvino",
-                ) from error
-            self._components[name] = OpenVinoComponent(compiled)
-        return self._components[name]
+        with self._opening:
+            if name not in self._components:
+                self._components[name] = OpenVinoComponent(self._import(name))
+            return self._components[name]
+
+    def _import(self, name: str) -> Any:
+        blob = self._files[self.entry.components[name]].map()
+        self._blobs.append(blob)
+        try:
+            return self._core.import_model(_tensor(blob), DEVICE, self._properties)
+        except RuntimeError as error:
+            raise SdqError(
+                f"OpenVINO refuses its own blob of {name}: {str(error).splitlines()[-1]}",
+                f"Build it again: sdq-deploy build {self.package.folder} --engine openvino",
+            ) from error
 
     def stepper(
         self, latents: np.ndarray, guidance_scale: float, coefficients: np.ndarray, prompt: Arrays
@@ -227,7 +267,7 @@ class OpenVinoSession:
 
 
 class OpenVinoStepper:
-    """A run whose inputs are bound once; a step writes a few kilobytes and infers."""
+    """A run on buffers of its own; a step writes a few kilobytes and infers."""
 
     def __init__(
         self,
@@ -237,7 +277,7 @@ class OpenVinoStepper:
         coefficients: np.ndarray,
         prompt: Arrays,
     ) -> None:
-        self.request, self.coefficients = denoiser.request, coefficients
+        self.denoiser, self.coefficients = denoiser, coefficients
         self.buffers: Arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in prompt.items()}
         self.buffers["latents"] = np.array(latents, np.float32)
         self.buffers["guidance_scale"] = np.array(guidance_scale, np.float32)
@@ -246,18 +286,14 @@ class OpenVinoStepper:
         for name in sorted(set(denoiser.inputs) - set(self.buffers)):  # history, noise
             self.buffers[name] = np.zeros(_extra_shape(name, denoiser, latents), np.float32)
         denoiser.check({"latents": latents, **self.buffers})
-        for name, buffer in self.buffers.items():
-            self.request.set_tensor(name, _tensor(buffer))
-        self.state = [name for name in ("latents", "history") if name in denoiser.inputs]
+        self.state = {f"{name}_out": self.buffers[name] for name in ("latents", "history") if name in denoiser.inputs}
 
     def step(self, index: int, noise: np.ndarray | None) -> None:
         self.buffers["step"][...] = index
         self.buffers["coefficients"][...] = self.coefficients[index]
         if noise is not None:
             self.buffers["noise"][...] = noise
-        self.request.infer()
-        for name in self.state:
-            self.buffers[name][...] = self.request.get_tensor(f"{name}_out").data
+        self.denoiser.infer_in_place(self.buffers, self.state)
 
     def latents(self) -> np.ndarray:
         return np.array(self.buffers["latents"])
@@ -265,11 +301,15 @@ class OpenVinoStepper:
     def replace(self, latents: np.ndarray) -> None:
         self.buffers["latents"][...] = latents
 
+    def close(self) -> None:
+        pass
+
 
 def _extra_shape(name: str, denoiser: OpenVinoComponent, latents: np.ndarray) -> tuple[int, ...]:
     if name == "noise":
         return latents.shape
-    history = denoiser.inputs[name][1].get_length()
+    history = denoiser.inputs[name][1]
+    assert history is not None
     return (latents.shape[0], history, *latents.shape[1:])
 
 

@@ -48,3 +48,6 @@ class HostStepper:
 
     def replace(self, latents: np.ndarray) -> None:
         self.feeds["latents"] = np.ascontiguousarray(latents, np.float32)
+
+    def close(self) -> None:
+        pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +16,11 @@ from sdq_engines.files import (
     remove_empty_parents,
     sha256_file,
 )
+from sdq_engines.locks import MANIFEST_LOCK, sole_writer
 from sdq_engines.package.layout import MANIFEST
 from sdq_engines.package.paths import is_inside
 from sdq_engines.package.schema import FileEntry, Manifest
-from sdq_engines.package.store import Package
+from sdq_engines.package.store import Package, read_manifest
 
 __all__ = ["PackageEditor"]
 
@@ -29,7 +29,7 @@ class PackageEditor:
     """Adds and drops files of one package; until `commit`, readers see the package as it was.
 
     Adding a file under a new name and dropping the old one therefore never breaks a package in use: `commit` replaces
-    the manifest, then deletes the files that it no longer lists.
+    the manifest, then deletes the files that it no longer lists; who has opened one keeps it (`package.held`).
     """
 
     def __init__(self, folder: Path, manifest: Manifest | None) -> None:
@@ -50,14 +50,34 @@ class PackageEditor:
         return cls(root, None)
 
     @classmethod
-    def open(cls, package: Package) -> PackageEditor:
-        """Change a checked package."""
-        return cls(package.folder, package.manifest)
+    @contextlib.contextmanager
+    def edit(cls, folder: Path, doing: str) -> Iterator[PackageEditor]:
+        """Change a package as its only writer, from its manifest as it is now; what is not committed is undone.
 
-    def add_file(self, relative: str, source: str | Path) -> None:
-        """Copy a file into the package under this POSIX path."""
-        with self.new_file(relative) as temporary:
-            shutil.copyfile(source, temporary)
+        Args:
+            folder: the package.
+            doing: what for, said to others who must wait: "build of openvino".
+
+        Yields:
+            The editor; its `current` is what to change.
+
+        Raises:
+            SdqError: another writer does not finish, the manifest is damaged, or the package cannot be written.
+        """
+        with sole_writer(folder, MANIFEST_LOCK, doing):
+            editor = cls(folder, read_manifest(folder))
+            try:
+                yield editor
+            except OSError as error:
+                raise SdqError(f"The package at {folder} cannot be written: {error.strerror or error}.") from error
+            finally:
+                editor.abandon()
+
+    @property
+    def current(self) -> Manifest:
+        """The manifest as it was when the editor was made, or as it was last committed."""
+        assert self.manifest is not None
+        return self.manifest
 
     def add_bytes(self, relative: str, data: bytes) -> None:
         """Write a file of the package."""
@@ -100,8 +120,15 @@ class PackageEditor:
         self._delete(name for name in self._added if name not in listed)
         self._added = []
 
+    def sweep(self, below: str) -> None:
+        """Delete what lies below this folder and is not listed: left by a killed writer, or once open on Windows."""
+        root = self.folder.joinpath(*below.split("/"))
+        found = [path.relative_to(self.folder).as_posix() for path in root.rglob("*") if path.is_file()]
+        self._delete(name for name in found if name not in self._files)
+
     def _delete(self, names: Iterator[str]) -> None:
         for name in list(names):
             path = self.folder.joinpath(*name.split("/"))
-            path.unlink(missing_ok=True)
-            remove_empty_parents(path, self.folder)
+            with contextlib.suppress(PermissionError):  # Windows: open in another process; swept by the next build
+                path.unlink(missing_ok=True)
+                remove_empty_parents(path, self.folder)

@@ -1,8 +1,7 @@
-"""Names in a manifest that would lead outside the package, and links that would."""
+"""Names in a manifest that would lead outside the package."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -10,7 +9,7 @@ from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import MANIFEST
 from sdq_engines.package.schema import Manifest
 
-__all__ = ["check_paths", "is_inside", "refuse_symlinks"]
+__all__ = ["check_paths", "is_inside"]
 
 _AGAIN = "Do not use this package; get it again from its source."
 
@@ -46,16 +45,3 @@ def _references(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for engine, entry in manifest.engines.items():
         for name, relative in entry.components.items():
             yield f"engine {engine}, {name}", relative
-
-
-def refuse_symlinks(root: Path) -> None:
-    """No file or folder below `root` is a symlink, listed or not: a graph could name it as its external data.
-
-    Raises:
-        SdqError: naming the first one found.
-    """
-    for current, folders, files in os.walk(root, followlinks=False):
-        for name in (*folders, *files):
-            path = Path(current) / name
-            if path.is_symlink():
-                raise SdqError(f"The package at {root} holds a symlink: {path.relative_to(root).as_posix()}.", _AGAIN)

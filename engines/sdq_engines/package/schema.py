@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,6 +36,9 @@ EXTRA_CHANNELS = "extra_channels"
 Precision = Literal["fp32", "fp16", "w8a8", "w4a8", "w4a16"]
 
 
+_Length = Annotated[int, Field(gt=0)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -50,9 +53,9 @@ class FileEntry(_Strict):
 class ModelIO(_Strict):
     """Shapes that the runtime needs before it opens a graph."""
 
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[_Length, _Length, _Length]
     """(channels, height, width) of one image's latents."""
-    image_size: tuple[int, int]
+    image_size: tuple[_Length, _Length]
     """(height, width) in pixels."""
     prologue_outputs: list[str]
     """Names of the prologue's outputs, which are inputs of the denoiser under the same names."""

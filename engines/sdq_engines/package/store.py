@@ -12,8 +12,11 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from sdq_engines.errors import SdqError
+from sdq_engines.locks import JOB, MANIFEST_LOCK, holder, is_held
+from sdq_engines.package.held import while_unchanged
 from sdq_engines.package.layout import MANIFEST, model_file
-from sdq_engines.package.paths import check_paths, refuse_symlinks
+from sdq_engines.package.links import check_link, check_links
+from sdq_engines.package.paths import check_paths
 from sdq_engines.package.schema import SCHEMA_VERSION, EngineEntry, Manifest
 from sdq_engines.package.verify import check_files
 
@@ -64,15 +67,19 @@ def open_package(folder: str | Path, verify: Verify = "full", on_bytes: Callable
         on_bytes: hears how many bytes were hashed, for a progress bar.
 
     Raises:
-        SdqError: it is not a package, it was written by a newer sdq-deploy, a path leads outside it, it has a symlink,
-            or a file is missing or changed. Each names the file and the command that mends it.
+        SdqError: it is not a package, it was written by a newer sdq-deploy, a path leads outside it, a symlink leads
+            outside it, or a file is missing or changed. Each names the file and the command that mends it.
     """
     root = Path(folder)
-    manifest = read_manifest(root)
-    check_paths(root, manifest)
-    refuse_symlinks(root)
-    check_files(root, manifest, cached=verify == "cached", on_bytes=on_bytes)
-    return Package(root, manifest)
+
+    def check() -> Package:
+        manifest = read_manifest(root)
+        check_paths(root, manifest)
+        check_links(root)
+        check_files(root, manifest, cached=verify == "cached", on_bytes=on_bytes)
+        return Package(root, manifest)
+
+    return while_unchanged(root, check)
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -82,10 +89,7 @@ def read_manifest(root: Path) -> Manifest:
             f"There is no package at {root}: {_what(root)}.", "Make one: sdq-deploy export MODEL --out PACKAGE"
         )
     path = root / MANIFEST
-    if path.is_symlink():
-        raise SdqError(
-            f"{path} is a symlink; a package holds plain files only.", "Get the package again from its source."
-        )
+    check_link(root, path)
     if not path.is_file():
         raise SdqError(
             f"{root} is not a package: it has no {MANIFEST}.", "Make one: sdq-deploy export MODEL --out PACKAGE"
@@ -94,9 +98,7 @@ def read_manifest(root: Path) -> Manifest:
     if content.get("kind") != "sdq-package":
         raise SdqError(f"{path} is not a package's manifest: its kind is {content.get('kind')!r}.")
     if content.get("status") == "incomplete":
-        raise SdqError(
-            f"The package at {root} is incomplete: its export was interrupted.", "Run the same export again."
-        )
+        raise _incomplete(root)
     _check_version(root, content.get("schema_version"))
     try:
         return Manifest.model_validate(content)
@@ -107,6 +109,13 @@ def read_manifest(root: Path) -> Manifest:
             f"{path} is damaged: {where}: {first['msg']} ({error.error_count()} problems in all).",
             "Get the package again from its source, or export it again.",
         ) from error
+
+
+def _incomplete(root: Path) -> SdqError:
+    if is_held(root, JOB) or is_held(root, MANIFEST_LOCK):
+        who = holder(root, JOB) or "another process"
+        return SdqError(f"The package at {root} is being written now ({who}).", "Wait until that has ended.")
+    return SdqError(f"The package at {root} is incomplete: its export was interrupted.", "Run the same export again.")
 
 
 def _what(root: Path) -> str:

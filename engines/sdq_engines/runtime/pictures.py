@@ -7,6 +7,7 @@ masks to grey, and painted where they are half white or more.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,24 +15,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sdq_engines.errors import SdqError
+from sdq_engines.runtime.bits import array_to_8_bits, image_to_8_bits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["Pictured", "mask_pixels", "one_each", "open_picture", "pixels"]
 
-#: What stands for an image: a PIL image, an array [H, W, 3] uint8 (a mask: [H, W], uint8 or bool), or a file's path.
+#: What stands for an image: a PIL image, an array [H, W, 3] (or [H, W]; a mask: [H, W]), or a path. Of arrays and
+#: images of more than 8 bits see `runtime.bits`.
 Pictured = Any
 
 _logger = logging.getLogger(__name__)
 
 
 def one_each(pictured: Pictured | Sequence[Pictured], prompts: int, what: str) -> list[Pictured]:
-    """One of them for each prompt: a list as it is, a single one again and again.
+    """One of them for each prompt: a list as it is, an array [N, H, W, 3] as a list, a single one again and again.
 
     Raises:
         SdqError: a list of another length.
     """
+    if isinstance(pictured, np.ndarray) and pictured.ndim == 4:
+        pictured = list(pictured)
     if not isinstance(pictured, list | tuple):
         return [pictured] * prompts
     if len(pictured) != prompts:
@@ -49,16 +54,18 @@ def open_picture(pictured: Pictured, what: str) -> Image:
         what: "image" or "mask_image", for messages.
 
     Raises:
-        SdqError: a file that is not there or is no image, an array of another shape or type, another kind of thing.
+        SdqError: a file that is not there or is no image, an array of another shape, values that may mean several
+            things, another kind of thing.
     """
     from PIL import Image as images
 
     if isinstance(pictured, images.Image):
-        return pictured
+        _check_not_empty(pictured.size, what)
+        return image_to_8_bits(pictured, what)
     if isinstance(pictured, np.ndarray):
-        return images.fromarray(_checked(pictured, what))
-    if isinstance(pictured, str | Path):
-        return _read(Path(pictured), what)
+        return images.fromarray(array_to_8_bits(_checked(pictured, what), what))
+    if isinstance(pictured, str | os.PathLike):
+        return image_to_8_bits(_read(Path(pictured), what), what)
     raise SdqError(
         f"{what} is a {type(pictured).__name__}; a PIL image, an array or a file's path is wanted.",
         f"For example {what}='photo.png'.",
@@ -67,6 +74,8 @@ def open_picture(pictured: Pictured, what: str) -> Image:
 
 def pixels(picture: Image, size: tuple[int, int]) -> np.ndarray:
     """FP32 [3, height, width] in [-1, 1]; `size` is (height, width)."""
+    if _shows_through(picture):
+        _logger.warning("The image is transparent in places; the colours that are stored there are used.")
     scaled = _resized(picture.convert("RGB"), size, "image")
     return (2.0 * (np.asarray(scaled, np.float32) / 255.0) - 1.0).transpose(2, 0, 1)
 
@@ -74,7 +83,10 @@ def pixels(picture: Image, size: tuple[int, int]) -> np.ndarray:
 def mask_pixels(picture: Image, size: tuple[int, int]) -> np.ndarray:
     """FP32 [1, height, width]: 1 where to paint, 0 where to keep."""
     scaled = _resized(picture.convert("L"), size, "mask")
-    return (np.asarray(scaled, np.float32) / 255.0 >= 0.5).astype(np.float32)[None]
+    painted = (np.asarray(scaled, np.float32) / 255.0 >= 0.5).astype(np.float32)[None]
+    if not painted.any():
+        _logger.warning("The mask is black everywhere, so nothing is painted; white is where to paint.")
+    return painted
 
 
 def _resized(picture: Image, size: tuple[int, int], what: str) -> Image:
@@ -90,16 +102,33 @@ def _resized(picture: Image, size: tuple[int, int], what: str) -> Image:
 
 
 def _checked(array: np.ndarray, what: str) -> np.ndarray:
-    if what == "mask_image":
-        fits, wanted = array.ndim == 2 and array.dtype in (np.uint8, np.bool_), "[H, W] of uint8 or bool"
-    else:
-        fits, wanted = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8, "[H, W, 3] of uint8"
-    if not fits or not array.size:
+    """The array [H, W, 3], [H, W, 4] or [H, W], contiguous."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    grey, colour = array.ndim == 2, array.ndim == 3 and array.shape[2] in (3, 4)
+    if not grey and (what == "mask_image" or not colour):
+        wanted = "[H, W]" if what == "mask_image" else "[H, W, 3] or [H, W]"
+        channels_first = array.ndim == 3 and array.shape[0] in (1, 3, 4)
         raise SdqError(
-            f"{what} is an array {list(array.shape)} of {array.dtype}; {wanted} is wanted.",
-            "An array in [0, 1] becomes one by (255 * array).round().astype('uint8').",
+            f"{what} is an array {list(array.shape)}; {wanted} is wanted.",
+            "Channels go last: array.transpose(1, 2, 0)."
+            if channels_first
+            else "Several go in a list, one per prompt.",
         )
-    return np.ascontiguousarray(array.astype(np.uint8) * 255 if array.dtype == np.bool_ else array)
+    _check_not_empty(array.shape, what)
+    return np.ascontiguousarray(array)
+
+
+def _check_not_empty(lengths: Sequence[int], what: str) -> None:
+    if 0 in lengths:
+        raise SdqError(f"{what} has no pixels: {'x'.join(str(length) for length in lengths)}.")
+
+
+def _shows_through(picture: Image) -> bool:
+    """Whether it has pixels that are not opaque."""
+    if "transparency" not in picture.info and "A" not in picture.getbands():
+        return False
+    return bool(np.asarray(picture.convert("RGBA").getchannel("A")).min() < 255)
 
 
 def _read(path: Path, what: str) -> Image:
@@ -107,7 +136,7 @@ def _read(path: Path, what: str) -> Image:
     from PIL import ImageOps
 
     if not path.is_file():
-        raise SdqError(f"{what}: there is no file {path}.")
+        raise SdqError(f"{what}: there is no file {path}.", "Give the path of a PNG, JPEG or WebP on this machine.")
     try:
         with images.open(path) as opened:
             # A camera's orientation is in its metadata; transposing also reads the file, so that damage shows here.

@@ -8,15 +8,17 @@ result.images[0].save("image.png")
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdq_engines.backends.base import Arrays, Session
+from sdq_engines.backends.base import Arrays, Session, check_load_options
 from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
 from sdq_engines.errors import SdqError
+from sdq_engines.package.held import while_unchanged
 from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER
 from sdq_engines.package.schema import Size
 from sdq_engines.package.store import Package, Verify, open_package
@@ -26,6 +28,7 @@ from sdq_engines.runtime.beginning import (
     begin_from_originals,
     first_call,
 )
+from sdq_engines.runtime.interface import check_interface
 from sdq_engines.runtime.loop import LoopTime, StepEvent, denoise
 from sdq_engines.runtime.noise import NoiseStream
 from sdq_engines.runtime.originals import ImageEncoder
@@ -66,14 +69,24 @@ Begin = Callable[[Sequence[ImageRequest], Sequence[NoiseStream]], Beginning]
 
 
 class Pipeline:
-    """A loaded package on one engine. Make it by `Pipeline.load`."""
+    """A loaded package on one engine. Make it by `Pipeline.load`.
+
+    It may be called from any number of threads: each call makes the images that it would make alone. The memory is that
+    of one call, since onnxruntime runs calls side by side as far as the cores go, openvino takes turns call by call of
+    the network, and TensorRT makes one batch after the other. What it loaded stays as it was when others change the
+    package.
+
+    Raises:
+        SdqError: the manifest contradicts the graphs.
+    """
 
     def __init__(self, package: Package, session: Session) -> None:
         self.package, self.session = package, session
         self.manifest = package.manifest
         self.prompts = PromptEncoder(package, session)
-        self._tables = SamplerTables.load(package.path(SAMPLER))
+        self._tables = SamplerTables.load(package.path(SAMPLER), package.manifest.sampler)
         self._encoder = ImageEncoder(package, session)
+        check_interface(package, session)
 
     @classmethod
     def load(cls, folder: str | Path, engine: str = AUTO, verify: Verify = "full", **options: Any) -> Pipeline:
@@ -86,17 +99,21 @@ class Pipeline:
             options: of the backend: `providers`, `threads` (onnxruntime); `threads` (openvino).
 
         Raises:
-            SdqError: see `open_package`; or the engine is missing, or was built for another version or device.
+            SdqError: see `open_package`; the engine is missing, or was built for another version or device; it does not
+                take an option; the manifest contradicts the graphs.
         """
         check_engine_name(engine)
-        return cls.from_package(open_package(folder, verify), engine, **options)
+        root = Path(folder)
+        return while_unchanged(root, lambda: cls.from_package(open_package(root, verify), engine, **options))
 
     @classmethod
     def from_package(cls, package: Package, engine: str = AUTO, **options: Any) -> Pipeline:
         """Load an engine of a package that has been checked."""
         if engine == AUTO:
             return cls(package, _load_fastest(package, options))
-        return cls(package, backend(engine).load(package, package.engine(engine), options))
+        chosen, entry = backend(engine), package.engine(engine)
+        check_load_options(chosen, options)
+        return cls(package, chosen.load(package, entry, options))
 
     @property
     def engine(self) -> str:
@@ -205,10 +222,11 @@ class Pipeline:
             name: np.concatenate([prompts[text][name] for text in order]) for name in self.manifest.io.prologue_outputs
         }
         rows = self._tables.coefficients[beginning.call]
-        stepper = self.session.stepper(beginning.latents, max(guidance, 1.0), rows, {**prompt, **beginning.extra})
         drawn = streams if self.manifest.sampler.stochastic else None
         shape = beginning.latents.shape[1:]
-        return denoise(stepper, len(rows), shape, batch, drawn, callback, beginning.call, beginning.blend)
+        given = {**prompt, **beginning.extra}
+        with closing(self.session.stepper(beginning.latents, max(guidance, 1.0), rows, given)) as stepper:
+            return denoise(stepper, len(rows), shape, batch, drawn, callback, beginning.call, beginning.blend)
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         """(C, h, w) of images of this size, (height, width); by default of the size that a plain call makes."""
@@ -262,8 +280,10 @@ def _load_fastest(package: Package, options: dict[str, Any]) -> Session:
         reasons += [f"{engine}: {found.reason}" for engine, found in seen.items() if not found.works]
         if name is None:
             break
+        chosen = backend(name)
+        check_load_options(chosen, options)
         try:
-            return backend(name).load(package, package.engine(name), options)
+            return chosen.load(package, package.engine(name), options)
         except SdqError as error:  # built for another version or device: the next one may fit
             reasons.append(f"{name}: {error.message}")
             candidates = [other for other in candidates if other not in seen]

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from sdq_engines.errors import SdqError
+from sdq_engines.package.schema import SamplerInfo
+
 __all__ = ["SamplerTables"]
+
+
+_AGAIN = "Get the package again from its source, or export it again."
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,35 @@ class SamplerTables:
     """[starts, 2]: an image's latents at the level of model call i are a * clean + b * noise."""
 
     @classmethod
-    def load(cls, path: Path) -> SamplerTables:
-        """Read sampler.safetensors."""
-        from safetensors.numpy import load_file
+    def load(cls, path: Path, sampler: SamplerInfo) -> SamplerTables:
+        """Read sampler.safetensors.
 
-        tensors = load_file(path)
-        names = ("coefficients", "timesteps", "init_noise_sigma", "noising")
-        return cls(*(tensors[name] for name in names))
+        Raises:
+            SdqError: it is damaged, or its numbers are of another sampler than the manifest's.
+        """
+        from safetensors.numpy import load
+
+        calls, slots = sampler.num_calls, 1 + sampler.history
+        wanted = {
+            "coefficients": (None, calls, slots * slots + 3 * slots),
+            "timesteps": (calls,),
+            "init_noise_sigma": (None,),
+            "noising": (calls, 2),
+        }
+        try:
+            tensors = load(path.read_bytes())
+        except Exception as error:  # safetensors raises an exception of its own
+            raise SdqError(f"{path} cannot be read: {error}.", _AGAIN) from error
+        for name, shape in wanted.items():
+            has = tensors[name].shape if name in tensors else None
+            if (
+                has is None
+                or len(has) != len(shape)
+                or any(a not in (None, b) for a, b in zip(shape, has, strict=True))
+            ):
+                found = "no such tensor" if has is None else f"one of shape {list(has)}"
+                raise SdqError(
+                    f"{path} has {found} as {name}; the manifest has {calls} calls and {slots - 1} history slots.",
+                    _AGAIN,
+                )
+        return cls(*(tensors[name] for name in wanted))

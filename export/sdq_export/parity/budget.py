@@ -40,8 +40,8 @@ class Gate:
 
     @property
     def site_steps(self) -> list[int]:
-        """Where the layers are compared one by one, and the sampler's update: the ends and the middle of a full gate, the
-        middle of one on a budget."""
+        """Where the layers are compared one by one, and the sampler's update: at ends and middle of a full gate,
+        in the middle of another."""
         return ends_and_middle(self.steps) if self.full else [self.steps[len(self.steps) // 2]]
 
     def calls(self, quantized: bool) -> int:

@@ -51,6 +51,7 @@ class NvidiaBackend:
     """See the module. Build options: `fp32` and `bf16`, lists of components."""
 
     build_options: tuple[str, ...] = (FP32_OPTION, BF16_OPTION)
+    load_options: tuple[str, ...] = ()
 
     def __init__(self, library: Library) -> None:
         self.library, self.name = library, library.engine

@@ -1,10 +1,15 @@
-"""Plans in GPU memory: one execution context per component, latents on the device, one CUDA graph per step."""
+"""Plans in GPU memory: one execution context per component, latents on the device, one CUDA graph per step.
+
+One stream, and one lock over it: a component's call or a whole run has the device to itself, other threads wait. Calls
+would not overlap on a GPU that one of them fills; and buffers and captured graphs are one set for all threads.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +19,7 @@ from sdq_engines.backends.base import Arrays
 from sdq_engines.backends.nvidia.cuda import Buffer, Graph, Stream
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_bytes
+from sdq_engines.package.held import files_of, hold
 from sdq_engines.package.layout import DENOISER
 from sdq_engines.places import cache_folder
 
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
     from sdq_engines.package.schema import EngineEntry
     from sdq_engines.package.store import Package
 
-__all__ = ["NvidiaComponent", "NvidiaSession", "NvidiaStepper"]
+__all__ = ["Device", "NvidiaComponent", "NvidiaSession", "NvidiaStepper"]
 
 
 class NvidiaSession:
@@ -32,30 +38,73 @@ class NvidiaSession:
         self.name, self.library, self.trt = library.engine, library, trt
         self.package, self.entry = package, entry
         self.stream = Stream()
+        self.device = Device(self.name)
+        self._files = hold(package.folder, files_of(package, entry))
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         # Lean runtimes embedded in a plan would be loaded and run; ours never have one.
         self._runtime.engine_host_code_allowed = False
         self._components: dict[str, NvidiaComponent] = {}
 
     def component(self, name: str) -> NvidiaComponent:
-        if name not in self._components:
-            path = self.package.path(self.entry.components[name])
-            engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-            if engine is None:
-                raise SdqError(
-                    f"{self.name} refuses its own plan of {name}.",
-                    f"Build it here: sdq-deploy build {self.package.folder} --engine {self.name}",
-                )
-            cache = (
-                _JitCache(self.package.manifest.files[self.entry.components[name]].sha256) if self.library.rtx else None
+        with self.device.call():
+            if name not in self._components:
+                self._components[name] = self._open(name)
+            return self._components[name]
+
+    def _open(self, name: str) -> NvidiaComponent:
+        relative = self.entry.components[name]
+        engine = self._runtime.deserialize_cuda_engine(self._files[relative].read())
+        if engine is None:
+            raise SdqError(
+                f"{self.name} refuses its own plan of {name}.",
+                f"Build it here: sdq-deploy build {self.package.folder} --engine {self.name}",
             )
-            self._components[name] = NvidiaComponent(self.trt, engine, self.stream, name, cache)
-        return self._components[name]
+        cache = _JitCache(self.package.manifest.files[relative].sha256) if self.library.rtx else None
+        return NvidiaComponent(self.trt, engine, self.stream, name, cache, self.device)
 
     def stepper(
         self, latents: np.ndarray, guidance_scale: float, coefficients: np.ndarray, prompt: Arrays
     ) -> NvidiaStepper:
         return NvidiaStepper(self.component(DENOISER), latents, guidance_scale, coefficients, prompt)
+
+
+class Device:
+    """Who may use the stream: one thread at a time, and of one thread one run at a time.
+
+    Args:
+        engine: for messages.
+    """
+
+    def __init__(self, engine: str) -> None:
+        self.engine = engine
+        self._lock = threading.RLock()
+        self._running = False
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """One call of a component; a run's own thread may make it between the run's steps, for a preview."""
+        with self._lock:
+            yield
+
+    def begin_run(self) -> None:
+        """Wait for the device, and keep it until `end_run`.
+
+        Raises:
+            SdqError: this thread is in the middle of a run.
+        """
+        self._lock.acquire()
+        if self._running:
+            self._lock.release()
+            raise SdqError(
+                f"A callback of a run on {self.engine} asked for another run, which would overwrite the first's state.",
+                "Start it after the run, or load the package a second time.",
+            )
+        self._running = True
+
+    def end_run(self) -> None:
+        """Let the next one have the device."""
+        self._running = False
+        self._lock.release()
 
 
 class _JitCache:
@@ -80,13 +129,17 @@ class _JitCache:
 class NvidiaComponent:
     """One plan and its context; buffers are made per batch size and kept for the last one."""
 
-    def __init__(self, trt: Any, engine: Any, stream: Stream, name: str, cache: _JitCache | None) -> None:
-        self.trt, self.engine, self.stream, self.name = trt, engine, stream, name
+    def __init__(
+        self, trt: Any, engine: Any, stream: Stream, name: str, cache: _JitCache | None, device: Device
+    ) -> None:
+        self.trt, self.engine, self.stream, self.name, self.device = trt, engine, stream, name, device
         self._cache, self._saved = cache, cache is None
+        self.graph: Graph | None = None
+        """A step captured for the buffers as they are."""
         self.context = self._context()
         tensors = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         is_input = {t: engine.get_tensor_mode(t) == trt.TensorIOMode.INPUT for t in tensors}
-        self.inputs = [t for t in tensors if is_input[t]]
+        self.inputs = {t: _known(engine.get_tensor_shape(t)) for t in tensors if is_input[t]}
         self.outputs = [t for t in tensors if not is_input[t]]
         self.buffers: dict[str, Buffer] = {}
 
@@ -122,6 +175,7 @@ class NvidiaComponent:
         for tensor in (*self.inputs, *self.outputs):
             shape = tuple(self.context.get_tensor_shape(tensor))
             if tensor not in self.buffers or self.buffers[tensor].shape != shape:
+                self.graph = None  # it reads the buffer that goes
                 self.buffers[tensor] = Buffer(shape, self.dtype(tensor))
             self.context.set_tensor_address(tensor, self.buffers[tensor].pointer)
 
@@ -137,13 +191,18 @@ class NvidiaComponent:
             self._saved = True
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
-        self.bind({name: feeds[name].shape for name in self.inputs})
-        for name in self.inputs:
-            self.buffers[name].upload(feeds[name], self.stream)
-        self.enqueue()
-        results = {name: self.buffers[name].download(self.stream) for name in self.outputs}
-        self.keep_compiled()
-        return results
+        with self.device.call():
+            self.bind({name: feeds[name].shape for name in self.inputs})
+            for name in self.inputs:
+                self.buffers[name].upload(feeds[name], self.stream)
+            self.enqueue()
+            results = {name: self.buffers[name].download(self.stream) for name in self.outputs}
+            self.keep_compiled()
+            return results
+
+
+def _known(shape: Any) -> tuple[int | None, ...]:
+    return tuple(int(length) if length >= 0 else None for length in shape)
 
 
 class NvidiaStepper:
@@ -162,6 +221,16 @@ class NvidiaStepper:
         prompt: Arrays,
     ) -> None:
         self.denoiser, self.stream = denoiser, denoiser.stream
+        denoiser.device.begin_run()
+        self._open = True
+        try:
+            self._start(latents, guidance_scale, coefficients, prompt)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, latents: np.ndarray, guidance_scale: float, coefficients: np.ndarray, prompt: Arrays) -> None:
+        denoiser = self.denoiser
         feeds: Arrays = {
             **prompt,
             "latents": latents,
@@ -171,15 +240,19 @@ class NvidiaStepper:
             "noise": np.zeros_like(latents),
         }
         if "history" in denoiser.inputs:
-            slots = denoiser.engine.get_tensor_shape("history")[1]
+            slots = denoiser.inputs["history"][1]
+            assert slots is not None
             feeds["history"] = np.zeros((latents.shape[0], slots, *latents.shape[1:]))
         denoiser.bind({name: feeds[name].shape for name in denoiser.inputs})
+        self.state = [name for name in ("latents", "history") if name in denoiser.inputs]
         for name in denoiser.inputs:
             denoiser.buffers[name].upload(feeds[name], self.stream)
-        self.state = [name for name in ("latents", "history") if name in denoiser.inputs]
+        if denoiser.graph is None:
+            self._capture()
+            for name in self.state:
+                denoiser.buffers[name].upload(feeds[name], self.stream)
         self._rows = self._table(coefficients.astype(np.float32))
         self._steps = self._table(np.arange(len(coefficients), dtype=denoiser.dtype("step")))
-        self._graph = self._capture(latents)
 
     def _table(self, array: np.ndarray) -> Buffer:
         buffer = Buffer(array.shape, array.dtype)
@@ -191,19 +264,17 @@ class NvidiaStepper:
         for name in self.state:
             self.denoiser.buffers[name].copy_from(self.denoiser.buffers[f"{name}_out"], self.stream)
 
-    def _capture(self, latents: np.ndarray) -> Graph | None:
-        """Run once uncaptured, as TensorRT asks (it may allocate and compile), restore the state, then capture."""
+    def _capture(self) -> None:
+        """Run once uncaptured, as TensorRT asks (it may allocate and compile), which changes the state; then capture.
+
+        The graph is kept with the buffers that it reads, for every run of these shapes.
+        """
         self._enqueue()
         self.stream.synchronize()
         self.denoiser.keep_compiled()
-        buffers = self.denoiser.buffers
-        buffers["latents"].upload(latents, self.stream)
-        if "history" in self.state:
-            buffers["history"].upload(np.zeros(buffers["history"].shape), self.stream)
         capturable = getattr(self.denoiser.context, "is_stream_capturable", None)
-        if capturable is not None and not capturable(int(self.stream.handle)):
-            return None
-        return self.stream.capture(self._enqueue)
+        if capturable is None or capturable(int(self.stream.handle)):
+            self.denoiser.graph = self.stream.capture(self._enqueue)
 
     def step(self, index: int, noise: np.ndarray | None) -> None:
         buffers = self.denoiser.buffers
@@ -211,13 +282,18 @@ class NvidiaStepper:
         buffers["coefficients"].copy_from(self._rows, self.stream, index * buffers["coefficients"].nbytes)
         if noise is not None:
             buffers["noise"].upload(noise, self.stream)
-        if self._graph is None:
+        if self.denoiser.graph is None:
             self._enqueue()
         else:
-            self._graph.launch()
+            self.denoiser.graph.launch()
 
     def latents(self) -> np.ndarray:
         return self.denoiser.buffers["latents"].download(self.stream)
 
     def replace(self, latents: np.ndarray) -> None:
         self.denoiser.buffers["latents"].upload(latents, self.stream)
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            self.denoiser.device.end_run()
