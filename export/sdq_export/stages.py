@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
+from torch import Tensor, nn
 
 from sdq_engines.memory import give_back_memory
 from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER, VAE_ENCODER
@@ -98,31 +100,34 @@ class ExportJob:
         return samples
 
     def vae(self, samples: TeacherSamples) -> None:
-        """Make the VAE's graphs."""
-        storage, latents = self.storage, samples.last
-        other = OtherSize(self.source, samples).latents[:1] if self.dynamic_size else None
+        """Make the VAE's graphs; what the decoder draws is what the encoder is compared on."""
+        storage, latents = self.storage, [samples.last]
+        if self.dynamic_size:
+            latents.append(OtherSize(self.source, samples).latents[:1])
         self.on_stage("capturing the VAE decoder", 0, 0)
         graph, decoder = make_vae_decoder(self.source, storage.dtype, self.dynamic_size, storage.vae)
         file = self._written(VAE_DECODER, graph)
         del graph
-        self.criteria.append(check_vae_decoder(file, decoder, latents))
-        if other is not None:
-            self.criteria.append(renamed(check_vae_decoder(file, decoder, other)))
+        images = [_drawn(decoder, each) for each in latents]
+        found = [check_vae_decoder(file, decoder, *each) for each in zip(latents, images, strict=True)]
+        self.criteria.extend([found[0], *map(renamed, found[1:])])
         if storage.vae is not None:
-            self.criteria.append(rounded_vae_decoder(decoder, self.source, latents, storage.vae))
-        if self.vae_encoder:
-            self.on_stage("capturing the VAE encoder", 0, 0)
-            graph, encoder = make_vae_encoder(self.source, storage.dtype, self.dynamic_size, storage.vae)
-            file = self._written(VAE_ENCODER, graph)
-            del graph
-            self.criteria.append(check_vae_encoder(file, encoder, decoder, latents))
-            if other is not None:
-                self.criteria.append(renamed(check_vae_encoder(file, encoder, decoder, other)))
-            if storage.vae is not None:
-                self.criteria.append(rounded_vae_encoder(encoder, self.source, latents, storage.vae))
-            del encoder
+            self.criteria.append(rounded_vae_decoder(decoder, self.source, latents[0], storage.vae))
         del decoder
+        if self.vae_encoder:
+            self._vae_encoder(images, latents[0])
         self._release("vae")
+
+    def _vae_encoder(self, images: Sequence[Tensor], latents: Tensor) -> None:
+        storage = self.storage
+        self.on_stage("capturing the VAE encoder", 0, 0)
+        graph, encoder = make_vae_encoder(self.source, storage.dtype, self.dynamic_size, storage.vae)
+        file = self._written(VAE_ENCODER, graph)
+        del graph
+        found = [check_vae_encoder(file, encoder, each) for each in images]
+        self.criteria.extend([found[0], *map(renamed, found[1:])])
+        if storage.vae is not None:
+            self.criteria.append(rounded_vae_encoder(encoder, self.source, latents, storage.vae))
 
     def denoiser(self, samples: TeacherSamples) -> list[Criterion]:
         """Make the denoiser's graphs and hold them to criteria 1 to 3.
@@ -144,12 +149,15 @@ class ExportJob:
         self._release(self.source.family.denoiser)
         names = "parity, float graph", "parity, quantized graph"
         rest = (self.plan, samples, expected, self.gate)
+        self.on_stage(names[0], 0, len(self.gate.steps))
         found = [check_float_graph(files, *rest, quantized, self.device, self._counted(names[0])), *sites]
         if quantized:
+            self.on_stage(names[1], 0, len(self.gate.steps))
             found.append(check_quantized_graph(files, *rest, self.device, self._counted(names[1])))
         if other is not None and elsewhere is not None:
             self.on_stage("parity, another size", 0, 0)
             self.criteria.append(other.check(files, self.plan, middle, elsewhere, self.device))
+        give_back_memory()
         return found
 
     def _denoiser_files(self, samples: TeacherSamples) -> tuple[Any, DenoiserFiles]:
@@ -179,3 +187,9 @@ class ExportJob:
     def _release(self, part: str) -> None:
         self.source.release(part)
         give_back_memory()
+
+
+@torch.no_grad()
+def _drawn(decoder: nn.Module, latents: Tensor) -> Tensor:
+    images: Tensor = decoder(latents)
+    return images
