@@ -107,8 +107,8 @@ def capture(
 def _detached(exported: ir.Model) -> ir.Model:
     """A copy of the exporter's graph, which loses its constants.
 
-    The rules of the exporter's optimizer live as long as the process and keep the node that they matched last, hence its
-    graph, hence all its weights: of Stable Diffusion v1-4 that was 5 GB after the graph had been written.
+    The rules of the exporter's optimizer live as long as the process and keep the node that they matched last, with it
+    its graph and all weights: of Stable Diffusion v1-4 that was 5 GB after the graph had been written.
     """
     model = exported.clone()
     for value in exported.graph.initializers.values():

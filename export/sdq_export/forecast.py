@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdq_engines.errors import SdqError
 from sdq_engines.memory import available_memory_bytes
-from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.families.vae import VaeDecoder
 from sdq_export.parity.budget import Gate
 from sdq_export.sketch import Sketch, count_flops
@@ -95,23 +94,22 @@ class ExportForecast:
 
 
 def forecast_export(
-    source: Source, gate: Gate, checkpoint: QuantizedCheckpoint | None, device: str, engines: Sequence[str] = ()
+    source: Source, gate: Gate, quantized: bool, device: str, engines: Sequence[str] = ()
 ) -> ExportForecast:
     """Foresee an export; no weight is read.
 
     Args:
         source: the checkpoint.
         gate: what the gate looks at.
-        checkpoint: of a quantized export.
+        quantized: whether the denoiser is.
         device: where teacher and reference run.
         engines: that are built of the package.
     """
-    quantized = checkpoint is not None
     calls = gate.calls(quantized)
     if sum(file.stat().st_size for file in source.folder.glob("*/*.safetensors")) < _SMALL_BYTES:
         return ExportForecast(0, 0, "", 0, 0.0, calls)
-    sizes, call, decoding = _sizes(source)
-    stages = _memory(source, sizes, quantized, engines)
+    sizes, pixels, call, decoding = _sizes(source)
+    stages = _memory(source, sizes, pixels, quantized, engines)
     worst = max(stages, key=lambda name: stages[name])
     per_parameter = _QUANTIZED_SECONDS if quantized else _FLOAT_SECONDS
     work = calls * call / _speed(device) + _VAE_RUNS * decoding / _speed("cpu")
@@ -125,8 +123,8 @@ def forecast_export(
     )
 
 
-def _sizes(source: Source) -> tuple[dict[str, int], int, int]:
-    """Parameters of each part, and the operations of a denoiser's call for one image, and of decoding one."""
+def _sizes(source: Source) -> tuple[dict[str, int], int, int, int]:
+    """Parameters of each part, an image's pixels, the operations of a denoiser's call for one, and of decoding one."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         sketch = Sketch(source.folder, source.model, source.revision)
         sizes = {part: sum(each.numel() for each in sketch.part(part).parameters()) for part in sketch.weighted_parts}
@@ -134,17 +132,19 @@ def _sizes(source: Source) -> tuple[dict[str, int], int, int]:
         denoiser = StepDenoiser(sketch.denoiser, torch.zeros(1))
         latents = torch.randn(2, *sketch.family.latent_shape(sketch))
         call = count_flops(denoiser, latents, torch.zeros(2, dtype=torch.int64), prompts)
-        return sizes, call, count_flops(VaeDecoder(sketch.vae), latents[:1])
+        height, width = sketch.family.image_size(sketch)
+        return sizes, height * width, call, count_flops(VaeDecoder(sketch.vae), latents[:1])
 
 
-def _memory(source: Source, sizes: Mapping[str, int], quantized: bool, engines: Sequence[str]) -> dict[str, float]:
+def _memory(
+    source: Source, sizes: Mapping[str, int], pixels: int, quantized: bool, engines: Sequence[str]
+) -> dict[str, float]:
     """Bytes by stage."""
     denoiser, vae = sizes[source.family.denoiser], sizes["vae"]
     text = [size for part, size in sizes.items() if part.startswith("text_encoder")]
-    height, width = source.family.image_size(source)
     stages = {
         "the text encoders": 4 * sum(text) + 6 * max(text),
-        "the VAE": 10 * vae + _VAE_BYTES_A_PIXEL * height * width,
+        "the VAE": 10 * vae + _VAE_BYTES_A_PIXEL * pixels,
         "the denoiser": (_QUANTIZED_BYTES if quantized else _FLOAT_BYTES) * denoiser,
     }
     for engine in engines:

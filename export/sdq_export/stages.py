@@ -30,7 +30,7 @@ from sdq_export.parity.graphs import GraphFile
 from sdq_export.parity.other_size import OtherSize, renamed
 from sdq_export.parity.prologue import round_prologue_
 from sdq_export.parity.reference import ReferenceOutputs, reference_outputs
-from sdq_export.parity.report import Criterion
+from sdq_export.parity.report import Criterion, ParityReport
 from sdq_export.parity.rounded import rounded_text_encoder, rounded_vae_decoder, rounded_vae_encoder
 from sdq_export.parity.samples import TeacherSamples, parity_prompts, record_teacher
 from sdq_export.reference import move_reference_
@@ -70,6 +70,13 @@ class ExportJob:
     on_stage: OnStage
     criteria: list[Criterion] = field(default_factory=list)
     """What was measured so far of the components that are not quantized."""
+
+    def run(self) -> tuple[ParityReport, TeacherSamples]:
+        """All of it; the denoiser's criteria come first in the report."""
+        samples = self.teacher(self.text())
+        self.vae(samples)
+        found = self.denoiser(samples)
+        return ParityReport(criteria=(*found, *self.criteria)), samples
 
     def text(self) -> Conditioning:
         """Encode the prompts of parity, and make every text encoder's graph."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import onnx_ir as ir
 
@@ -15,6 +14,7 @@ from sdq_engines.package.layout import PROLOGUE
 from sdq_engines.package.store import Package
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.components import component_names
+from sdq_export.devices import DeviceChoice, choose_device, full_fp32, memory_errors_named
 from sdq_export.forecast import ExportForecast, forecast_export
 from sdq_export.output import claimed_output, staged_path, staging_folder, write_files
 from sdq_export.package_manifest import free_size_of, make_manifest
@@ -26,9 +26,8 @@ from sdq_export.source import Source
 from sdq_export.stages import ExportJob, OnStage
 from sdq_export.storage import Dtype, IntegerDtype, Storage
 
-__all__ = ["DeviceChoice", "ExportResult", "OnNotice", "OnStage", "export_package"]
+__all__ = ["ExportResult", "OnNotice", "OnStage", "export_package"]
 
-DeviceChoice = Literal["auto", "cpu", "cuda"]
 OnNotice = Callable[[str], None]
 """Hears a sentence: what the export will take, or what became of the last one."""
 
@@ -101,7 +100,6 @@ def export_package(
         )
     storage = Storage(dtype, prologue, text_encoder, vae)
     source = source.for_spec(checkpoint.spec if checkpoint else None)
-    where = _device(device)
     if killed := what_was_killed(out):
         on_notice(killed)
     with claimed_output(out) as folder, staging_folder(folder) as staging, in_progress(folder, "export") as work:
@@ -112,16 +110,18 @@ def export_package(
 
         source.family.check_source(source)
         _check_encoder(source, vae_encoder)
-        chosen = _gate(source, plan, gate, checkpoint)
+        parameters = sum(parameter.numel() for parameter in source.skeleton.parameters())
+        shape, quantized = source.family.latent_shape(source), checkpoint is not None
+        chosen = choose_gate(gate, plan.calls, shape, parameters, quantized)
+        where = choose_device(device, parameters)
         free_size = free_size_of(source) if dynamic_size else {}
-        _foresee(forecast_export(source, chosen, checkpoint, where, engines), folder, force, on_notice)
+        _foresee(forecast_export(source, chosen, quantized, where, engines), folder, force, on_notice)
         job = ExportJob(
             source, plan, guidance_scale, checkpoint, storage, prompts, vae_encoder, dynamic_size, chosen, where,
             staging, stage,
         )  # fmt: skip
-        samples = job.teacher(job.text())
-        job.vae(samples)
-        report = ParityReport(criteria=(*job.denoiser(samples), *job.criteria))
+        with full_fp32(), memory_errors_named(where):
+            report, samples = job.run()
         report.require()
         stage("writing", 0, 0)
         components, graph = component_names(source, vae_encoder), ir.load(staged_path(staging, PROLOGUE))
@@ -130,23 +130,6 @@ def export_package(
         )
         package = write_files(folder, staging, source, plan, manifest)
     return ExportResult(package, report, plan, samples, chosen)
-
-
-def _gate(source: Source, plan: SamplerPlan, choice: GateChoice, checkpoint: QuantizedCheckpoint | None) -> Gate:
-    parameters = sum(parameter.numel() for parameter in source.skeleton.parameters())
-    return choose_gate(choice, plan.calls, source.family.latent_shape(source), parameters, checkpoint is not None)
-
-
-def _device(choice: DeviceChoice) -> str:
-    """
-    Raises:
-        SdqError: a GPU is asked for that torch does not have.
-    """
-    import torch
-
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise SdqError("There is no CUDA device that torch can use.", "Leave --device out, or give --device cpu.")
-    return choice if choice != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _foresee(found: ExportForecast, folder: Path, force: bool, on_notice: OnNotice) -> None:

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from sdq_engines.package.schema import ShapeProfile
     from sdq_engines.package.store import Package
     from sdq_export.checkpoint import QuantizedCheckpoint
+    from sdq_export.devices import DeviceChoice
     from sdq_export.parity import GateChoice, ParityReport
     from sdq_export.sampler import SamplerPlan
     from sdq_export.source import Source
     from sdq_export.storage import IntegerDtype
-    from sdq_export.writer import DeviceChoice, ExportResult, OnStage
+    from sdq_export.writer import ExportResult, OnStage
 
 __all__ = ["register"]
 
