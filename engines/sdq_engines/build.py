@@ -26,7 +26,7 @@ from sdq_engines.package.layout import ENGINES, engine_folder
 from sdq_engines.package.links import require_plain_weights
 from sdq_engines.package.schema import EngineEntry, FileEntry, KernelCounts, Manifest, ShapeProfile
 from sdq_engines.package.store import Package, read_manifest
-from sdq_engines.process import how_it_died
+from sdq_engines.process import PeakMemory, how_it_died
 from sdq_engines.sizes import check_sizes
 
 __all__ = ["Progress", "build_engine", "check_options", "choose_engine"]
@@ -155,9 +155,9 @@ def _run_child(folder: Path, engine: str, on_progress: Progress | None) -> dict[
             stdin=subprocess.PIPE,  # nothing is written; it ends when this process does, however that dies
             env=environment,
         )
-        last = ""
+        last, memory = "", PeakMemory(child.pid)
         try:
-            for component, stage in _events(folder / "events.jsonl", child):
+            for component, stage in _events(folder / "events.jsonl", child, memory):
                 last = f"{stage} {component}"
                 if on_progress is not None:
                     on_progress(component, stage)
@@ -170,18 +170,19 @@ def _run_child(folder: Path, engine: str, on_progress: Progress | None) -> dict[
         if "error" not in result:
             return result
         raise SdqError(result["error"], _hint(folder, result["hint"]))
-    died = how_it_died(child.returncode) or f"stopped with exit code {child.returncode}"
+    died = how_it_died(child.returncode, memory.bytes) or f"stopped with exit code {child.returncode}"
     raise SdqError(
         f"The builder of {engine} {died} while {last or 'starting'}; the package is as it was.",
         _hint(folder, "Try again with more free memory or --batch-max 1, or another engine: sdq-deploy doctor"),
     )
 
 
-def _events(path: Path, child: subprocess.Popen[bytes]) -> Iterator[tuple[str, str]]:
-    """What the child reports, as it reports it, until it ends."""
+def _events(path: Path, child: subprocess.Popen[bytes], memory: PeakMemory) -> Iterator[tuple[str, str]]:
+    """What the child reports, as it reports it, until it ends; its memory is looked at meanwhile."""
     position, running = 0, True
     while running:
         running = child.poll() is None
+        memory.look()
         if path.is_file():
             with path.open("rb") as handle:
                 handle.seek(position)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 
-__all__ = ["how_it_died", "peak_memory_bytes"]
+from sdq_engines.memory import resident_bytes
+
+__all__ = ["PeakMemory", "how_it_died", "peak_memory_bytes"]
+
+_SIGKILL = 9
 
 
 def peak_memory_bytes() -> int:
@@ -44,8 +48,31 @@ def _windows_peak() -> int:
     return int(counters.PeakWorkingSetSize) if done else 0
 
 
-def how_it_died(returncode: int) -> str | None:
-    """Words for the end of a child that was killed or crashed; None if it exited by itself."""
+class PeakMemory:
+    """The most memory that another process was seen to hold, looked at now and then.
+
+    Attributes:
+        bytes: so far; 0 where the platform does not say.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.bytes = pid, 0
+
+    def look(self) -> None:
+        """Look once."""
+        self.bytes = max(self.bytes, resident_bytes(self.pid))
+
+
+def how_it_died(returncode: int, memory: int = 0) -> str | None:
+    """Words for the end of a child that was killed or crashed; None if it exited by itself.
+
+    Args:
+        returncode: the child's.
+        memory: bytes that it was last seen to hold. Nobody but the system kills a child with SIGKILL unasked, and the
+            system does it when memory runs out.
+    """
+    if returncode == -_SIGKILL:
+        return "was killed, probably for want of memory" + (f" ({memory / 1e9:.1f} GB were in use)" if memory else "")
     if returncode < 0:
         try:
             return f"was ended by {signal.Signals(-returncode).name}"

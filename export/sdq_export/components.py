@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Collection, Hashable, Iterator
-from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
@@ -33,7 +32,7 @@ from sdq_export.stepping import StepDenoiser
 from sdq_export.storage import Dtype, IntegerDtype, round_weights_
 
 __all__ = [
-    "Components",
+    "component_names",
     "make_denoiser",
     "make_reference",
     "make_text_encoder",
@@ -42,25 +41,10 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Components:
-    """The graphs of a package; an encoder is there where the package may start from images."""
-
-    text_encoders: dict[str, ir.Model]
-    """By component."""
-    denoiser: DenoiserGraphs
-    vae_decoder: ir.Model
-    vae_encoder: ir.Model | None = None
-
-    def by_name(self) -> dict[str, ir.Model]:
-        """Component name -> graph, in the order in which a prompt passes through them."""
-        graphs = {
-            **self.text_encoders,
-            PROLOGUE: self.denoiser.prologue,
-            DENOISER: self.denoiser.denoiser,
-            VAE_DECODER: self.vae_decoder,
-        }
-        return graphs if self.vae_encoder is None else {**graphs, VAE_ENCODER: self.vae_encoder}
+def component_names(source: Source, vae_encoder: bool) -> list[str]:
+    """A package's components, in the order in which a prompt passes through them."""
+    texts = [encoder.component for encoder in source.family.text_encoders]
+    return [*texts, PROLOGUE, DENOISER, VAE_DECODER, *([VAE_ENCODER] if vae_encoder else [])]
 
 
 def make_reference(

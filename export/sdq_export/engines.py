@@ -43,7 +43,7 @@ def check_built_engine(package: Package, engine: str, result: ExportResult) -> t
 
 def _measure(session: Session, engine: str, result: ExportResult) -> Criterion:
     samples, plan = result.samples, result.plan
-    steps = list(result.report.criteria[0].steps)
+    steps = list(result.gate.steps)
     most = session.entry.profile.batch_max
     return check_engine(
         engine,

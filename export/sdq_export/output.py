@@ -10,26 +10,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_bytes, claimed_folder, folder_kind, remove_empty_parents
 from sdq_engines.locks import MANIFEST_LOCK, sole_writer
-from sdq_engines.lowering.save import save_graph
 from sdq_engines.package.editor import PackageEditor
-from sdq_engines.package.layout import LICENSE, MANIFEST, NOTICE, SAMPLER, tokenizer_file
+from sdq_engines.package.layout import LICENSE, MANIFEST, NOTICE, SAMPLER, model_file, tokenizer_file
 from sdq_engines.package.paths import is_inside
 from sdq_engines.package.schema import Manifest
 from sdq_engines.package.store import Package, read_manifest
-from sdq_export.components import Components
+from sdq_export.parity.graphs import GraphFile, stage_graph
 from sdq_export.provenance import notice
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.scratch import scratch_in
 from sdq_export.source import Source
 from sdq_export.tokenizer import tokenizer_json
 
-__all__ = ["claimed_output", "staging_folder", "write_files"]
+__all__ = ["claimed_output", "stage_component", "staged_path", "staging_folder", "write_files"]
 
-_STAGING = ".staging-"
+_STAGING, _NEW = ".staging-", "new"
 
 
 @contextlib.contextmanager
@@ -71,16 +71,26 @@ def staging_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_files(
-    folder: Path, staging: Path, source: Source, plan: SamplerPlan, components: Components, manifest: Manifest
-) -> Package:
-    """Write all files aside, check them, then put them in the place of what is there.
+def staged_path(staging: Path, name: str) -> Path:
+    """A component's graph that `stage_component` has written."""
+    return staging.joinpath(_NEW, *model_file(name).split("/"))
+
+
+def stage_component(staging: Path, name: str, model: ir.Model) -> GraphFile:
+    """Write a component's graph under its name in the package to be, and have it checked: the file that will ship."""
+    file = stage_graph(model, staging / _NEW / name)
+    onnx.checker.check_model(str(file.path), full_check=True)
+    return file
+
+
+def write_files(folder: Path, staging: Path, source: Source, plan: SamplerPlan, manifest: Manifest) -> Package:
+    """Add the other files to the staged components, then put all in the place of what is there.
 
     A full disk is met before a package that is already here is touched.
     """
-    _stage(staging / "new", source, plan, components, manifest)
+    _stage(staging / _NEW, source, plan, manifest)
     with sole_writer(folder, MANIFEST_LOCK, "export"):
-        return _swap(folder, staging / "new", staging / "old", manifest)
+        return _swap(folder, staging / _NEW, staging / "old", manifest)
 
 
 def _swap(folder: Path, new: Path, old: Path, manifest: Manifest) -> Package:
@@ -104,10 +114,8 @@ def _swap(folder: Path, new: Path, old: Path, manifest: Manifest) -> Package:
         raise
 
 
-def _stage(staging: Path, source: Source, plan: SamplerPlan, components: Components, manifest: Manifest) -> None:
-    """Every file but the manifest, under its name in the package."""
-    for name, model in components.by_name().items():
-        onnx.checker.check_model(str(save_graph(model, staging / name)), full_check=True)
+def _stage(staging: Path, source: Source, plan: SamplerPlan, manifest: Manifest) -> None:
+    """Every file but the graphs and the manifest, under its name in the package."""
     files = {
         **{
             tokenizer_file(encoder.tokenizer): tokenizer_json(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import onnx_ir as ir
 
 from sdq_engines.package.layout import model_file
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
 from sdq_export.checkpoint import QuantizedCheckpoint
-from sdq_export.components import Components
 from sdq_export.parity import ParityReport
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import source_info, tool_versions
@@ -27,7 +28,8 @@ def make_manifest(
     guidance_scale: float,
     checkpoint: QuantizedCheckpoint | None,
     dtype: Dtype,
-    components: Components,
+    components: Sequence[str],
+    prologue: ir.Model,
     report: ParityReport,
     free_size: Mapping[str, int],
 ) -> Manifest:
@@ -39,8 +41,8 @@ def make_manifest(
         io=ModelIO(
             latent_shape=family.latent_shape(source),
             image_size=family.image_size(source),
-            prologue_inputs=[value.name or "" for value in components.denoiser.prologue.graph.inputs],
-            prologue_outputs=prologue_names(components.denoiser.prologue),
+            prologue_inputs=[value.name or "" for value in prologue.graph.inputs],
+            prologue_outputs=prologue_names(prologue),
             force_zeros_for_empty_prompt=family.zeros_for_no_prompt(source),
             **free_size,
             extra_channels=family.extra_channels(source.skeleton),
@@ -49,8 +51,8 @@ def make_manifest(
         sampler=sampler_info(plan, guidance_scale),
         defaults=family.call_defaults,
         source=source_info(source, checkpoint),
-        components={name: model_file(name) for name in components.by_name()},
-        full_precision=[name for name in family.full_precision(source) if name in components.by_name()],
+        components={name: model_file(name) for name in components},
+        full_precision=[name for name in family.full_precision(source) if name in components],
         tools=tool_versions(),
         files={},
         fidelity={"parity": report.to_manifest()},

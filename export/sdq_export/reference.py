@@ -17,7 +17,7 @@ from sdq_export.smoothing import smooth_
 from sdq_export.step_state import StepState
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["ActivationQuantizer", "build_reference", "fake_quantize"]
+__all__ = ["ActivationQuantizer", "build_reference", "fake_quantize", "move_reference_"]
 
 
 def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -91,3 +91,10 @@ def build_reference(
     # A plain dict: as submodules the quantizers would change the denoiser's own names.
     object.__setattr__(denoiser, "quantizers", quantizers)
     return denoiser.eval().requires_grad_(False)
+
+
+def move_reference_(denoiser: StepDenoiser, device: torch.device | str) -> None:
+    """Move a denoiser of `build_reference`, or a plain one, with its quantizers, which are no submodules of it."""
+    denoiser.to(device)
+    for quantizer in getattr(denoiser, "quantizers", {}).values():
+        quantizer.to(device)

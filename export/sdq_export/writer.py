@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import onnx_ir as ir
 
 from sdq_engines.errors import SdqError
+from sdq_engines.in_progress import in_progress, what_was_killed
+from sdq_engines.package.layout import PROLOGUE
 from sdq_engines.package.store import Package
 from sdq_export.checkpoint import QuantizedCheckpoint
-from sdq_export.components import (
-    Components,
-    make_denoiser,
-    make_reference,
-    make_text_encoder,
-    make_vae_decoder,
-    make_vae_encoder,
-)
-from sdq_export.output import claimed_output, staging_folder, write_files
+from sdq_export.components import component_names
+from sdq_export.devices import DeviceChoice, choose_device, full_fp32, memory_errors_named
+from sdq_export.forecast import ExportForecast, forecast_export
+from sdq_export.output import claimed_output, staged_path, staging_folder, write_files
 from sdq_export.package_manifest import free_size_of, make_manifest
-from sdq_export.parity import ParityReport, TeacherSamples, check_graphs, record_teacher
-from sdq_export.parity.components import check_text_encoder, check_vae_decoder, check_vae_encoder
-from sdq_export.parity.other_size import check_other_size
-from sdq_export.parity.prologue import round_prologue_
-from sdq_export.parity.rounded import rounded_text_encoder, rounded_vae_decoder, rounded_vae_encoder
+from sdq_export.parity import Gate, GateChoice, ParityReport, TeacherSamples
+from sdq_export.parity.budget import choose_gate
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.source import Source
 from sdq_export.source_files import require_same_model
+from sdq_export.stages import ExportJob, OnStage
 from sdq_export.storage import Dtype, IntegerDtype, Storage
 
-__all__ = ["ExportResult", "OnStage", "export_package"]
+__all__ = ["ExportResult", "OnNotice", "OnStage", "export_package"]
 
-_PARITY_SECONDS, _PARITY_RUNS, _FEWEST_PARITY_STEPS = 300.0, 4, 5
-"""Parity runs a denoiser about four times a step, each about as slow as the teacher's call."""
-
-OnStage = Callable[[str, int, int], None]
-"""Hears a stage's name, how much of it is done, and of how much; 0 of 0 where there is nothing to count."""
+OnNotice = Callable[[str], None]
+"""Hears a sentence: what the export will take, or what became of the last one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,9 @@ class ExportResult:
     report: ParityReport
     plan: SamplerPlan
     samples: TeacherSamples
-    """The teacher's trajectory, for the check of engines."""
+    """The teacher's run, for the check of engines."""
+    gate: Gate
+    """The steps that they are checked at."""
 
 
 def export_package(
@@ -67,7 +60,12 @@ def export_package(
     prompts: Sequence[str] = PARITY_PROMPTS,
     vae_encoder: bool = True,
     dynamic_size: bool = False,
+    gate: GateChoice = "auto",
+    device: DeviceChoice = "auto",
+    engines: Sequence[str] = (),
+    force: bool = False,
     on_stage: OnStage = lambda name, done, total: None,
+    on_notice: OnNotice = lambda sentence: None,
 ) -> ExportResult:
     """Export a model, quantized or not, as a package without engines.
 
@@ -84,10 +82,16 @@ def export_package(
         prompts: for the parity samples.
         vae_encoder: whether the package may start from images.
         dynamic_size: leave height and width free in the graphs, for engines of other sizes.
+        gate: how much of the denoiser's run parity looks at: "full", a number of calls, or by the denoiser's size.
+        device: where teacher, reference and gate run; "auto" is the GPU where torch has one.
+        engines: that will be built of it: their builders' memory is foreseen too.
+        force: export although the memory or the disk does not seem to suffice.
         on_stage: hears what is being done.
+        on_notice: hears what a large model's export will take, and that an earlier one was killed here.
 
     Raises:
-        SdqError: the model has an unsupported form, the folder is not ours, or parity fails (nothing is written then).
+        SdqError: the model has an unsupported form, the folder is not ours, the machine is too small, or parity fails
+            (nothing is written then).
     """
     _check_match(source, plan, checkpoint)
     if prologue is not None and checkpoint is None:
@@ -97,18 +101,45 @@ def export_package(
         )
     storage = Storage(dtype, prologue, text_encoder, vae)
     source = source.for_spec(checkpoint.spec if checkpoint else None)
-    with claimed_output(out) as folder, staging_folder(folder) as staging:
+    if killed := what_was_killed(out):
+        on_notice(killed)
+    with claimed_output(out) as folder, staging_folder(folder) as staging, in_progress(folder, "export") as work:
+
+        def stage(name: str, done: int, total: int) -> None:
+            work.stage(name)
+            on_stage(name, done, total)
+
         source.family.check_source(source)
         _check_encoder(source, vae_encoder)
+        parameters = sum(parameter.numel() for parameter in source.skeleton.parameters())
+        shape, quantized = source.family.latent_shape(source), checkpoint is not None
+        chosen = choose_gate(gate, plan.calls, shape, parameters, quantized)
+        where = choose_device(device, parameters)
         free_size = free_size_of(source) if dynamic_size else {}
-        components, report, samples = _make(
-            source, plan, guidance_scale, checkpoint, storage, prompts, vae_encoder, dynamic_size, on_stage
-        )
+        _foresee(forecast_export(source, chosen, quantized, where, engines), folder, force, on_notice)
+        job = ExportJob(
+            source, plan, guidance_scale, checkpoint, storage, prompts, vae_encoder, dynamic_size, chosen, where,
+            staging, stage,
+        )  # fmt: skip
+        with full_fp32(), memory_errors_named(where):
+            report, samples = job.run()
         report.require()
-        on_stage("writing", 0, 0)
-        manifest = make_manifest(folder, source, plan, guidance_scale, checkpoint, dtype, components, report, free_size)
-        package = write_files(folder, staging, source, plan, components, manifest)
-    return ExportResult(package, report, plan, samples)
+        stage("writing", 0, 0)
+        components, graph = component_names(source, vae_encoder), ir.load(staged_path(staging, PROLOGUE))
+        manifest = make_manifest(
+            folder, source, plan, guidance_scale, checkpoint, dtype, components, graph, report, free_size
+        )
+        package = write_files(folder, staging, source, plan, manifest)
+    return ExportResult(package, report, plan, samples, chosen)
+
+
+def _foresee(found: ExportForecast, folder: Path, force: bool, on_notice: OnNotice) -> None:
+    """Say what the export of a large model will take, and refuse what does not fit."""
+    if found.is_small:
+        return
+    on_notice(found.sentence)
+    if not force:
+        found.require(folder)
 
 
 def _check_encoder(source: Source, vae_encoder: bool) -> None:
@@ -135,77 +166,3 @@ def _check_match(source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpo
             f"The checkpoint has scales for {checkpoint.spec.num_steps} model calls, this sampler makes {plan.calls}.",
             "Export it with the scheduler and steps that it was trained with.",
         )
-
-
-def _make(
-    source: Source,
-    plan: SamplerPlan,
-    guidance_scale: float,
-    checkpoint: QuantizedCheckpoint | None,
-    storage: Storage,
-    prompts: Sequence[str],
-    vae_encoder: bool,
-    dynamic_size: bool,
-    on_stage: OnStage,
-) -> tuple[Components, ParityReport, TeacherSamples]:
-    """Every graph and its parity."""
-    on_stage("sampling with the floating-point model", 0, plan.calls)
-    started = time.perf_counter()
-    samples = record_teacher(
-        source,
-        plan,
-        guidance_scale,
-        prompts,
-        lambda step: on_stage("sampling with the floating-point model", step + 1, plan.calls),
-    )
-    steps = _parity_steps(plan.calls, (time.perf_counter() - started) / plan.calls)
-    on_stage("capturing the denoiser", 0, 0)
-    reference = make_reference(source, plan, checkpoint, storage.dtype)
-    others, integer_layers = [], list[str]()
-    if storage.prologue is not None:
-        on_stage(f"parity, {storage.prologue.upper()} prologue", 0, 0)
-        integer_layers, criterion = round_prologue_(reference, samples, steps, storage.prologue)
-        others.append(criterion)
-    denoiser = make_denoiser(source, plan, reference, checkpoint, storage.dtype, dynamic_size, integer_layers)
-    report = check_graphs(
-        denoiser,
-        plan,
-        samples,
-        reference,
-        checkpoint,
-        steps,
-        on_stage=lambda name, done, total: on_stage(f"parity, {name.replace('_', ' ')}", done, total),
-    )
-    text_encoders = {}
-    for text_encoder in source.family.text_encoders:
-        on_stage(f"capturing the {text_encoder.component.replace('_', ' ')}", 0, 0)
-        graph, module = make_text_encoder(source, text_encoder, storage.dtype, storage.text_encoder)
-        others.append(check_text_encoder(graph, module, source, text_encoder, prompts))
-        if storage.text_encoder is not None:
-            others.append(rounded_text_encoder(module, source, text_encoder, prompts, storage.text_encoder))
-        text_encoders[text_encoder.component] = graph
-    on_stage("capturing the VAE decoder", 0, 0)
-    decoder = make_vae_decoder(source, storage.dtype, dynamic_size, storage.vae)
-    latents = samples.model_inputs[-1][:1]
-    others.append(check_vae_decoder(*decoder, latents))
-    if storage.vae is not None:
-        others.append(rounded_vae_decoder(decoder[1], source, latents, storage.vae))
-    encoder = None
-    if vae_encoder:
-        on_stage("capturing the VAE encoder", 0, 0)
-        encoder = make_vae_encoder(source, storage.dtype, dynamic_size, storage.vae)
-        others.append(check_vae_encoder(*encoder, decoder[1], latents))
-        if storage.vae is not None:
-            others.append(rounded_vae_encoder(encoder[1], source, latents, storage.vae))
-    if dynamic_size:
-        on_stage("parity, another size", 0, 0)
-        others += check_other_size(denoiser, decoder, encoder, plan, samples, reference)
-    report = ParityReport(criteria=(*report.criteria, *others))
-    return Components(text_encoders, denoiser, decoder[0], encoder[0] if encoder else None), report, samples
-
-
-def _parity_steps(calls: int, seconds_per_call: float) -> list[int]:
-    """The steps that parity looks at: all, or for a slow model as many, evenly spread, as a few minutes allow."""
-    affordable = int(_PARITY_SECONDS / (_PARITY_RUNS * max(seconds_per_call, 1e-6)))
-    count = min(calls, max(affordable, _FEWEST_PARITY_STEPS))
-    return sorted({round(step) for step in np.linspace(0, calls - 1, count)})

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sdq_deploy.adapters.original_names import mmdit_layers, unet_name
-from sdq_deploy.training.counting import Sketch
+from sdq_export.sketch import Sketch
 from sdq_export.source import Source
 
 __all__ = ["Layer", "layer_names", "split_key"]

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from sdq_engines.package.schema import ShapeProfile
     from sdq_engines.package.store import Package
     from sdq_export.checkpoint import QuantizedCheckpoint
-    from sdq_export.parity import ParityReport
+    from sdq_export.devices import DeviceChoice
+    from sdq_export.parity import GateChoice, ParityReport
     from sdq_export.sampler import SamplerPlan
     from sdq_export.single_file import FromFile
     from sdq_export.source import Source
@@ -116,6 +117,20 @@ def export(
     config: ConfigOption = None,
     vae_from: VaeFromOption = None,
     revision: Annotated[str | None, typer.Option(help="Of a MODEL on the hub.")] = None,
+    gate: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|full|CALLS",
+            help="How much of a run the parity gate looks at: every step, or as much as this number of calls of the "
+            "denoiser allows. auto is every step of a small model, 12 calls of a large one.",
+        ),
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="Where the model runs for the gate: auto (a GPU if torch has one), cpu or cuda.")
+    ] = "auto",
+    force: Annotated[
+        bool, typer.Option("--force", help="Export although the memory or the disk does not seem to suffice.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Export a quantized run, or a model as it is, as a package; nothing is written unless the graphs prove faithful.
@@ -126,7 +141,7 @@ def export(
     from sdq_engines.build import choose_engine
     from sdq_engines.sizes import parse_size, profile_of_sizes
 
-    stored = _dtype(dtype)
+    stored, looked_at, where = _dtype(dtype), _gate(gate), _device(device)
     integers = (
         _integers("--prologue", prologue, stored, "int8", "int4"),
         _integers("--text-encoder", text_encoder, stored, "int8", "int4"),
@@ -169,7 +184,12 @@ def export(
             prologue=integers[0],
             text_encoder=integers[1],
             vae=integers[2],
+            gate=looked_at,
+            device=where,
+            engines=engines,
+            force=force,
             on_stage=on_stage,
+            on_notice=lambda sentence: status_console.print(sentence, markup=False, soft_wrap=True),
         )
     if not json:
         _print_parity(result.report)
@@ -187,6 +207,20 @@ def _dtype(name: str) -> Literal["fp32", "fp16"]:
     if name in ("fp32", "fp16"):
         return cast(Literal["fp32", "fp16"], name)
     raise SdqError(f"There is no dtype {name!r}.", "Give --dtype fp16 or --dtype fp32.")
+
+
+def _gate(name: str) -> GateChoice:
+    if name in ("auto", "full"):
+        return cast(Literal["auto", "full"], name)
+    if name.isdecimal() and int(name) > 0:
+        return int(name)
+    raise SdqError(f"--gate takes auto, full, or a number of calls from 1 on, not {name!r}.", "For example --gate 24")
+
+
+def _device(name: str) -> DeviceChoice:
+    if name in ("auto", "cpu", "cuda"):
+        return cast("DeviceChoice", name)
+    raise SdqError(f"--device takes auto, cpu or cuda, not {name!r}.", "Leave it out to take a GPU where there is one.")
 
 
 def _integers(option: str, name: str | None, dtype: str, *kinds: IntegerDtype) -> IntegerDtype | None:

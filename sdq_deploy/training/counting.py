@@ -8,28 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sdq_export.conditioning import Conditioning
 from sdq_export.quantspec import QuantSpec
-from sdq_export.source import Source
+from sdq_export.sketch import count_flops
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["Sketch", "buffer_bytes", "count", "forward_flops", "layer_weight", "saved_bytes"]
+__all__ = ["buffer_bytes", "count", "forward_flops", "layer_weight", "saved_bytes"]
 
 _FP32 = 4
-
-
-class Sketch(Source):
-    """A checkpoint whose models are made of their configurations; under fake tensors they take no memory."""
-
-    def _model(self, kind: Any, name: str) -> Any:
-        folder = self.folder / name
-        if hasattr(kind, "config_class"):
-            made = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-        else:
-            made = kind.from_config(kind.load_config(folder, local_files_only=True))
-        return made.eval().requires_grad_(False)
 
 
 def _inputs(denoiser: StepDenoiser, shape: tuple[int, int, int], prompt: Conditioning) -> tuple[Any, ...]:
@@ -38,9 +25,7 @@ def _inputs(denoiser: StepDenoiser, shape: tuple[int, int, int], prompt: Conditi
 
 def forward_flops(denoiser: StepDenoiser, shape: tuple[int, int, int], prompt: Conditioning) -> int:
     """Of one forward of one sample."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        denoiser(*_inputs(denoiser, shape, prompt))
-    return int(counter.get_total_flops())
+    return count_flops(denoiser, *_inputs(denoiser, shape, prompt))
 
 
 def saved_bytes(

@@ -22,13 +22,14 @@ from sdq_deploy.adapters.names import layer_names
 from sdq_deploy.models import open_model
 from sdq_deploy.recipes.schema import OptimizerState
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
-from sdq_deploy.training.counting import Sketch, count, forward_flops, layer_weight, saved_bytes
+from sdq_deploy.training.counting import count, forward_flops, layer_weight, saved_bytes
 from sdq_deploy.training.device_state import device_state
 from sdq_deploy.training.run import make_accelerator
 from sdq_export.conditioning import Conditioning
 from sdq_export.conversion import configuration
 from sdq_export.quantspec import QuantSpec
 from sdq_export.single_file import is_single_file, read_header
+from sdq_export.sketch import Sketch
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
 

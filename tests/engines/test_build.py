@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 
 from sdq_engines import Pipeline
@@ -174,6 +176,23 @@ def test_ctrl_c_ends_the_builder_and_leaves_the_package_as_it_was(bare: Package)
         build_engine(bare, "openvino", on_progress=interrupt)
     assert contents(bare.folder) == before
     assert not list(bare.folder.rglob(".building-*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_killed_builder_is_said_to_lack_memory(bare: Package) -> None:
+    """As the system's out-of-memory killer does it."""
+    before = contents(bare.folder)
+
+    def kill(component: str, stage: str) -> None:
+        (builder,) = psutil.Process().children()
+        builder.kill()
+
+    with pytest.raises(SdqError) as caught:
+        build_engine(bare, "openvino", on_progress=kill)
+    said = r"builder of openvino was killed, probably for want of memory \(0\.\d GB were in use\) while lowering \w+;"
+    assert re.search(said, caught.value.message), caught.value.message
+    assert "more free memory" in caught.value.hint
+    assert contents(bare.folder) == before
 
 
 def test_requests_that_cannot_be_built(bare: Package) -> None:

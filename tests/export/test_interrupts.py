@@ -148,19 +148,26 @@ def test_a_kill_while_files_are_replaced_is_never_read_as_a_package(tiny_sd: Pat
     assert set(contents(out)) == {"manifest.json", *package.manifest.files}
 
 
-def test_what_a_kill_in_parity_leaves_is_removed_by_the_next_export(tiny_sd: Path, tmp_path: Path) -> None:
+def test_what_a_kill_leaves_is_named_and_removed_by_the_next_export(
+    tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Graphs that parity opens lie on the output's disk, and nowhere else."""
     out, system = tmp_path / "package", tmp_path / "system"
     system.mkdir()
     process = start("-m", "sdq_deploy.cli.main", *options(tiny_sd, out), TMPDIR=str(system))
-    said_until(process, "parity")
+    said_until(process, "capturing the denoiser")
     process.kill()
     finish(process)
     assert not list(system.glob("sdq*"))
     assert list(out.glob(".staging-*"))
+    with pytest.raises(SdqError, match=r"its export was interrupted.* killed in the stage 'capturing the d"):
+        open_package(out)
     with pytest.raises(SystemExit) as exit_:
         main.run(options(tiny_sd, out))
     assert exit_.value.code == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was killed in the stage 'capturing the denoiser', probably for want of memory" in said
+    assert "GB were in use" in said
     assert set(contents(out)) == {"manifest.json", *open_package(out, verify="full").manifest.files}
 
 

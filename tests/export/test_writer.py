@@ -167,7 +167,7 @@ def test_exporting_again_replaces_the_package(source: Source, tmp_path: Path) ->
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are POSIX's")
 def test_a_write_that_fails_leaves_the_package_that_was_there(source: Source, tmp_path: Path) -> None:
-    """From the stage "writing" on, files may have 100 kB: a disk that is full halfway."""
+    """From the VAE decoder on, files may have 10 kB: a disk that is full halfway."""
     import resource
 
     out = tmp_path / "package"

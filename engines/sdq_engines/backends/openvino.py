@@ -165,9 +165,9 @@ def _count(package: Package, compiled: Any) -> KernelCounts | None:
     return count(package, openvino_layers(compiled))
 
 
-def _bytes(exported: Any) -> bytes:
-    value: bytes = exported.getvalue() if hasattr(exported, "getvalue") else exported
-    return value
+def _bytes(exported: Any) -> memoryview:
+    """What was exported, without a copy: of Stable Diffusion v1-4 that would be 3.4 GB more."""
+    return exported.getbuffer() if hasattr(exported, "getbuffer") else memoryview(exported)
 
 
 class OpenVinoComponent:
@@ -239,6 +239,8 @@ class OpenVinoSession:
         self._properties = {**PROPERTIES, **({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})}
         self._files = hold(package.folder, files_of(package, entry))
         self._components: dict[str, OpenVinoComponent] = {}
+        self._blobs: list[np.ndarray] = []
+        """What the compiled graphs read their weights from."""
         self._opening = threading.Lock()
 
     def component(self, name: str) -> OpenVinoComponent:
@@ -248,9 +250,10 @@ class OpenVinoSession:
             return self._components[name]
 
     def _import(self, name: str) -> Any:
-        blob = self._files[self.entry.components[name]].read()
+        blob = self._files[self.entry.components[name]].map()
+        self._blobs.append(blob)
         try:
-            return self._core.import_model(blob, DEVICE, self._properties)
+            return self._core.import_model(_tensor(blob), DEVICE, self._properties)
         except RuntimeError as error:
             raise SdqError(
                 f"OpenVINO refuses its own blob of {name}: {str(error).splitlines()[-1]}",

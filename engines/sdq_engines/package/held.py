@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sdq_engines.errors import SdqError
 from sdq_engines.locks import MANIFEST_LOCK, is_held
 from sdq_engines.package.layout import ENGINES, MANIFEST
@@ -59,6 +62,10 @@ class HeldFile:
         with self._lock:
             self._handle.seek(0)
             return self._handle.read()
+
+    def map(self) -> NDArray[np.uint8]:
+        """The content as the system pages it in; memory of the process only where it is written to."""
+        return np.memmap(self._handle, dtype=np.uint8, mode="c")
 
     @property
     def unchanged(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from sdq_engines.errors import SdqError
+from sdq_engines.in_progress import what_was_killed
 from sdq_engines.locks import JOB, MANIFEST_LOCK, holder, is_held
 from sdq_engines.package.held import while_unchanged
 from sdq_engines.package.layout import MANIFEST, model_file
@@ -115,7 +116,9 @@ def _incomplete(root: Path) -> SdqError:
     if is_held(root, JOB) or is_held(root, MANIFEST_LOCK):
         who = holder(root, JOB) or "another process"
         return SdqError(f"The package at {root} is being written now ({who}).", "Wait until that has ended.")
-    return SdqError(f"The package at {root} is incomplete: its export was interrupted.", "Run the same export again.")
+    killed = what_was_killed(root)
+    interrupted = f"The package at {root} is incomplete: its export was interrupted."
+    return SdqError(f"{interrupted} {killed}" if killed else interrupted, "Run the same export again.")
 
 
 def _what(root: Path) -> str:

@@ -4,8 +4,9 @@ Rounding turns a perturbation of 1e-7 into quantization-sized differences a few 
 outputs of two quantized networks are not compared with each other. See docs/quantization.md, "Parity".
 """
 
-from sdq_export.parity.gate import check_engine, check_graphs
+from sdq_export.parity.budget import Gate, GateChoice
+from sdq_export.parity.gate import check_engine
 from sdq_export.parity.report import Criterion, ParityReport
-from sdq_export.parity.samples import TeacherSamples, record_teacher
+from sdq_export.parity.samples import TeacherSamples
 
-__all__ = ["Criterion", "ParityReport", "TeacherSamples", "check_engine", "check_graphs", "record_teacher"]
+__all__ = ["Criterion", "Gate", "GateChoice", "ParityReport", "TeacherSamples", "check_engine"]

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from sdq_engines.backends.base import Component
 from sdq_engines.package.schema import EXTRA_CHANNELS
 from sdq_export.checkpoint import QuantizedCheckpoint, scale_key
-from sdq_export.denoiser import DenoiserGraphs
-from sdq_export.parity.graphs import GraphRunner, identity_row, step_feeds
-from sdq_export.parity.report import Criterion, ParityReport
-from sdq_export.parity.samples import TeacherSamples, guided
+from sdq_export.parity.budget import Gate
+from sdq_export.parity.graphs import GraphFile, GraphRunner, identity_row, step_feeds, without_activations
+from sdq_export.parity.reference import ReferenceOutputs
+from sdq_export.parity.report import Criterion
+from sdq_export.parity.samples import TeacherSamples
 from sdq_export.parity.sites import measure_sites
-from sdq_export.passes.bypass import BypassActivations
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.scratch import temporary_folder
 
 __all__ = [
     "ENGINE_LIMIT",
     "FLOAT_LIMIT",
     "GRAPH_LIMIT",
     "INTEGER_LIMIT",
+    "DenoiserFiles",
     "check_engine",
-    "check_graphs",
+    "check_float_graph",
+    "check_quantized_graph",
+    "check_sites",
     "compare_distances",
-    "ends_and_middle",
-    "float_distance",
-    "quantizers_off",
+    "relative",
 ]
 
 FLOAT_LIMIT = 1e-4
@@ -52,36 +55,61 @@ _FLOAT_FLOOR = 2e-3
 _LEAST_CHANCE = 0.05
 """What a single step's ratio is always forgiven; see `compare_distances`."""
 
-OnStage = Callable[[str, int, int], None]
+_FEW_PLACES = 12
+_ONE_SAMPLE_CHANCE = 0.15
+"""The same where a step has one sample, whose scatter cannot be told from it."""
+
+OnStep = Callable[[int, int], None]
 
 
-def check_graphs(
-    graphs: DenoiserGraphs,
+@dataclass(frozen=True)
+class DenoiserFiles:
+    """The canonical graphs on disk."""
+
+    denoiser: GraphFile
+    prologue: GraphFile
+
+
+def check_float_graph(
+    files: DenoiserFiles,
     plan: SamplerPlan,
     samples: TeacherSamples,
-    reference: Any,
-    checkpoint: QuantizedCheckpoint | None,
-    steps: Sequence[int] | None = None,
-    on_stage: OnStage = lambda name, done, total: None,
-) -> ParityReport:
-    """Criteria 1 to 3, each step by step.
+    expected: ReferenceOutputs,
+    gate: Gate,
+    quantized: bool,
+    device: str = "cpu",
+    on_step: OnStep = lambda done, total: None,
+) -> Criterion:
+    """1: with activation quantization bypassed, the graph against torch in floating point; its whole step too.
 
     Args:
-        graphs: the canonical graphs.
+        files: the canonical graphs.
         plan: the sampler.
-        samples: the teacher's trajectory.
-        reference: the torch StepDenoiser that the graphs must equal: fake-quantized, or in floating point with the
-            weights as they are stored.
-        checkpoint: the sites and tensors, for a quantized denoiser.
-        steps: which steps to look at; all of them by default.
-        on_stage: hears the criterion, and how many of its steps are done.
+        samples: the teacher's inputs.
+        expected: what torch answered there, with the weights as they are stored.
+        gate: the steps.
+        quantized: whether there is anything to bypass.
+        device: where the graph runs.
+        on_step: hears how many steps are done, and of how many.
     """
-    chosen = list(range(plan.calls)) if steps is None else list(steps)
-    criteria = [_float_graph(graphs, plan, samples, reference, chosen, on_stage)]
-    if checkpoint is not None:
-        criteria += _sites(graphs, plan, samples, reference, checkpoint, chosen, on_stage)
-        criteria.append(_quantized_graph(graphs, plan, samples, reference, chosen, on_stage))
-    return ParityReport(criteria=tuple(criteria))
+    figures = []
+    with temporary_folder() as folder:
+        denoiser = without_activations(files.denoiser, Path(folder)) if quantized else files.denoiser
+        runner = GraphRunner(denoiser, files.prologue, plan, samples.conditioning, samples.extra, device)
+        for done, step in enumerate(gate.steps):
+            found = runner.output(samples.model_inputs[step], step, samples.guidance_scale)
+            figures.append(relative(found, expected.floating[step].numpy()))
+            if step in gate.site_steps:
+                figures[-1] = max(figures[-1], _step_error(runner, plan, samples, step, expected.floating[step]))
+            on_step(done + 1, len(gate.steps))
+        del runner  # Windows removes no file that is still mapped
+    return Criterion(
+        name="float_graph",
+        says="relative distance of the graph without activation quantization from torch",
+        limit=FLOAT_LIMIT,
+        steps=gate.steps,
+        per_step=tuple(figures),
+    )
 
 
 def check_engine(
@@ -134,26 +162,39 @@ def compare_distances(
     """A criterion on the ratio of two mean distances from the teacher, [steps, N] each.
 
     One step has few samples, and each quantizes differently in the two: a step is forgiven what four standard errors
-    of the paired difference make, and at least `_LEAST_CHANCE`. The ratio over all steps is forgiven nothing.
+    of the paired difference make, and at least `_LEAST_CHANCE`; where it has one sample, which has no such error,
+    `_ONE_SAMPLE_CHANCE`. The ratio over all steps is forgiven nothing where there are places (steps times samples)
+    enough; with few, its own two standard errors, at most `_LEAST_CHANCE`. Their interval is in the details.
     """
     reference = wanted.mean(axis=1)
-    count = wanted.shape[1]
-    errors = (found - wanted).std(axis=1, ddof=1) / np.sqrt(count) / reference
+    count, places = wanted.shape[1], wanted.size
+    overall = float(found.mean() / wanted.mean())
+    error = float((found - overall * wanted).std(ddof=1) / np.sqrt(places) / wanted.mean()) if places > 1 else 0.0
     return Criterion(
         name=name,
         says=says,
         limit=limit,
         steps=tuple(steps),
         per_step=tuple(float(ratio) for ratio in found.mean(axis=1) / reference),
-        chance=tuple(max(4 * float(error), _LEAST_CHANCE) for error in errors),
-        overall=float(found.mean() / wanted.mean()),
+        chance=_step_chances(found, wanted),
+        overall=overall,
+        overall_chance=min(2 * error, _LEAST_CHANCE) if places < _FEW_PLACES else 0.0,
         details={
             "samples": count,
+            "interval": [float(f"{bound:.4g}") for bound in (overall - 2 * error, overall + 2 * error)],
             "distance": [float(f"{value:.4g}") for value in found.mean(axis=1)],
             "reference_distance": [float(f"{value:.4g}") for value in reference],
         },
         reference_by_sample=tuple(tuple(row) for row in wanted.tolist()),
     )
+
+
+def _step_chances(found: NDArray[np.float64], wanted: NDArray[np.float64]) -> tuple[float, ...]:
+    steps, count = wanted.shape
+    if count == 1:
+        return (_ONE_SAMPLE_CHANCE,) * steps
+    errors = (found - wanted).std(axis=1, ddof=1) / np.sqrt(count) / wanted.mean(axis=1)
+    return tuple(max(4 * float(error), _LEAST_CHANCE) for error in errors)
 
 
 def _halves(value: NDArray[Any], start: int, count: int) -> NDArray[Any]:
@@ -162,91 +203,52 @@ def _halves(value: NDArray[Any], start: int, count: int) -> NDArray[Any]:
     return np.concatenate([value[start : start + count], value[middle + start : middle + start + count]])
 
 
-def _float_graph(
-    graphs: DenoiserGraphs, plan: SamplerPlan, samples: TeacherSamples, reference: Any, steps: list[int],
-    on_stage: OnStage,
-) -> Criterion:  # fmt: skip
-    """1: with activation quantization bypassed, the graph's whole step against torch's in floating point."""
-    bypassed = graphs.denoiser.clone()
-    BypassActivations()(bypassed)
-    runner = GraphRunner(bypassed, graphs.prologue, plan, samples.conditioning, samples.extra)
-    figures = []
-    with quantizers_off(reference):
-        for done, step in enumerate(steps):
-            wanted = guided(
-                reference,
-                samples.model_inputs[step],
-                step,
-                samples.conditioning,
-                samples.guidance_scale,
-                samples.extra,
-            ).numpy()
-            found = runner.output(samples.model_inputs[step], step, samples.guidance_scale)
-            figures.append(_relative(found, wanted))
-            if step in ends_and_middle(steps):
-                figures[-1] = max(figures[-1], _step_error(runner, plan, samples, step, reference))
-            on_stage("float_graph", done + 1, len(steps))
-    return Criterion(
-        name="float_graph",
-        says="relative distance of the graph without activation quantization from torch",
-        limit=FLOAT_LIMIT,
-        steps=tuple(steps),
-        per_step=tuple(figures),
-    )
+def _step_error(runner: GraphRunner, plan: SamplerPlan, samples: TeacherSamples, step: int, output: Tensor) -> float:
+    """The sampler's update, history and noise included, against the same linear map of torch's output in numpy.
 
-
-def float_distance(
-    graphs: DenoiserGraphs, plan: SamplerPlan, samples: TeacherSamples, reference: Any, latents: Tensor, step: int,
-    extra: Tensor | None,
-) -> float:  # fmt: skip
-    """Relative distance of the graph's guided output from torch's in floating point, on latents of any size."""
-    bypassed = graphs.denoiser.clone()
-    BypassActivations()(bypassed)
-    runner = GraphRunner(bypassed, graphs.prologue, plan, samples.conditioning, extra)
-    with quantizers_off(reference):
-        wanted = guided(reference, latents, step, samples.conditioning, samples.guidance_scale, extra).numpy()
-    return _relative(runner.output(latents, step, samples.guidance_scale), wanted)
-
-
-def _step_error(runner: GraphRunner, plan: SamplerPlan, samples: TeacherSamples, step: int, reference: Any) -> float:
-    """The sampler's update, history and noise included, against the same linear map in numpy."""
+    The history is random; the latents are such that the model is given the teacher's input, so that torch's answer is
+    known.
+    """
     generator = np.random.default_rng(step)
-    shape = samples.model_inputs[step].shape
+    shape = samples.shape
+    step_map = plan.step_map(0, step)
+    slot = int(np.abs(step_map.u).argmax())
     state = generator.standard_normal((plan.slots, *shape)).astype(np.float32)
     noise = generator.standard_normal(shape).astype(np.float32)
-    row = plan.coefficients[0, step]
+    others = np.tensordot(step_map.u, state, axes=1) - step_map.u[slot] * state[slot]
+    state[slot] = (samples.model_inputs[step].numpy() - others) / step_map.u[slot]
     history = np.ascontiguousarray(np.moveaxis(state[1:], 0, 1))
+    row = plan.coefficients[0, step]
     found = runner.run(step_feeds(plan, state[0], step, samples.guidance_scale, row, history, noise))
-    step_map = plan.step_map(0, step)
-    model_input = torch.from_numpy(np.tensordot(step_map.u, state, axes=1))
-    output = guided(reference, model_input, step, samples.conditioning, samples.guidance_scale, samples.extra).numpy()
-    add = np.multiply.outer(step_map.output, output) + np.multiply.outer(step_map.noise, noise)
+    add = np.multiply.outer(step_map.output, output.numpy()) + np.multiply.outer(step_map.noise, noise)
     wanted = np.tensordot(step_map.matrix, state, axes=1) + add
-    errors = [_relative(found["latents_out"], wanted[0])]
+    errors = [relative(found["latents_out"], wanted[0])]
     if plan.history and np.any(wanted[1:]):
-        errors.append(_relative(np.moveaxis(found["history_out"], 1, 0), wanted[1:]))
+        errors.append(relative(np.moveaxis(found["history_out"], 1, 0), wanted[1:]))
     return max(errors)
 
 
-def _sites(
-    graphs: DenoiserGraphs, plan: SamplerPlan, samples: TeacherSamples, reference: Any,
-    checkpoint: QuantizedCheckpoint, steps: list[int], on_stage: OnStage,
+def check_sites(
+    files: DenoiserFiles, samples: TeacherSamples, reference: Any, checkpoint: QuantizedCheckpoint, gate: Gate,
+    on_step: OnStep = lambda done, total: None,
 ) -> list[Criterion]:  # fmt: skip
-    """2: every site on identical tensors: its integers, and its layers' outputs; first, middle and last step.
+    """2: every site on identical tensors: its integers, and its layers' outputs.
 
-    It runs the graph once for every few dozen layers: where time is short, so that not all steps are looked at, one
-    sample at the middle step has to do. A layer of that size has thousands of elements there.
+    Args:
+        files: the canonical graphs.
+        samples: the teacher's inputs.
+        reference: the fake-quantized StepDenoiser.
+        checkpoint: the sites and their scales.
+        gate: the steps.
+        on_step: hears how many steps are done, and of how many.
     """
-    chosen = ends_and_middle(steps)
-    if len(steps) < plan.calls:
-        chosen, samples = [steps[len(steps) // 2]], samples.first()
-    spec = checkpoint.spec
+    chosen, spec = gate.site_steps, checkpoint.spec
     scales = {
         site.name: checkpoint.tensors[scale_key(site.name)].numpy()[list(site.groups)] for site in spec.activations
     }
-    on_stage("sites", 0, len(chosen))
-    found = measure_sites(graphs.denoiser, graphs.prologue, plan, samples, reference, spec, scales, chosen)
-    on_stage("sites", len(chosen), len(chosen))
+    on_step(0, len(chosen))
+    found = measure_sites(files.denoiser, samples, reference, spec, scales, chosen)
+    on_step(len(chosen), len(chosen))
     # an integer that is off by more than one fails whatever its share
     integers = tuple(each.off_by_one if each.largest_difference <= 1 else 1.0 for each in found)
     outputs = tuple(each.output_error for each in found)
@@ -272,44 +274,30 @@ def _sites(
     ]
 
 
-def _quantized_graph(
-    graphs: DenoiserGraphs, plan: SamplerPlan, samples: TeacherSamples, reference: Any, steps: list[int],
-    on_stage: OnStage,
-) -> Criterion:  # fmt: skip
-    """3: the quantized graph is no farther from the teacher than the fake-quantized torch model is."""
-    runner = GraphRunner(graphs.denoiser, graphs.prologue, plan, samples.conditioning, samples.extra)
+def check_quantized_graph(
+    files: DenoiserFiles,
+    plan: SamplerPlan,
+    samples: TeacherSamples,
+    expected: ReferenceOutputs,
+    gate: Gate,
+    device: str = "cpu",
+    on_step: OnStep = lambda done, total: None,
+) -> Criterion:
+    """3: the quantized graph is no farther from the teacher than the fake-quantized torch model is.
+
+    Arguments as of `check_float_graph`.
+    """
+    runner = GraphRunner(files.denoiser, files.prologue, plan, samples.conditioning, samples.extra, device)
     found, wanted = [], []
-    for done, step in enumerate(steps):
-        inputs = samples.model_inputs[step]
-        output = guided(reference, inputs, step, samples.conditioning, samples.guidance_scale, samples.extra)
-        wanted.append(samples.distances(output, step))
-        found.append(samples.distances(runner.output(inputs, step, samples.guidance_scale), step))
-        on_stage("quantized_graph", done + 1, len(steps))
+    for done, step in enumerate(gate.steps):
+        wanted.append(samples.distances(expected.quantized[step], step))
+        output = runner.output(samples.model_inputs[step], step, samples.guidance_scale)
+        found.append(samples.distances(output, step))
+        on_step(done + 1, len(gate.steps))
     says = "distance(graph, teacher) over distance(fake-quantized torch, teacher)"
-    return compare_distances("quantized_graph", says, GRAPH_LIMIT, steps, np.stack(found), np.stack(wanted))
+    return compare_distances("quantized_graph", says, GRAPH_LIMIT, gate.steps, np.stack(found), np.stack(wanted))
 
 
-class quantizers_off:
-    """The reference's activation quantizers disabled for a block; a floating-point reference has none."""
-
-    def __init__(self, reference: Any) -> None:
-        self.quantizers = list(getattr(reference, "quantizers", {}).values())
-
-    def __enter__(self) -> None:
-        self._set(False)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(True)
-
-    def _set(self, enabled: bool) -> None:
-        for quantizer in self.quantizers:
-            quantizer.enabled = enabled
-
-
-def ends_and_middle(steps: Sequence[int]) -> list[int]:
-    """Enough for what is the same graph at every step and costs a second run of it."""
-    return sorted({steps[0], steps[len(steps) // 2], steps[-1]})
-
-
-def _relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+def relative(found: NDArray[Any], wanted: NDArray[Any]) -> float:
+    """Relative L2 distance of one array from another."""
     return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))

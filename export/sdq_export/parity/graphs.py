@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,68 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdq_engines.backends.onnxruntime import open_session
+from sdq_engines.backends.onnxruntime import Provider, open_session
 from sdq_engines.lowering.save import save_graph
 from sdq_engines.package.schema import EXTRA_CHANNELS
 from sdq_export.conditioning import Conditioning
+from sdq_export.passes.bypass import BypassActivations
 from sdq_export.sampler.plan import SamplerPlan, StepMap
 from sdq_export.scratch import temporary_folder
 
-__all__ = ["GraphRunner", "identity_row", "open_graph", "step_feeds"]
+__all__ = ["GraphFile", "GraphRunner", "identity_row", "open_graph", "stage_graph", "step_feeds", "without_activations"]
 
 Arrays = dict[str, NDArray[Any]]
 
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
 _FOLDED_BYTES = 2 << 30
-"""Beside the torch reference there is no room for a second copy of a larger denoiser's weights in FP32."""
+"""A larger graph's weights stay as they are stored: in FP32 they would be one more copy of a large network."""
 
 
-def open_graph(model: ir.Model, folder: Path) -> Any:
-    """Open a graph in ONNX Runtime through files in ``folder``, with as many threads as torch uses."""
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph on disk: what an engine opens by itself, without its weights in this process's memory."""
+
+    path: Path
+    numbers: int
+    """Elements of all constants, whatever they are stored as."""
+
+
+def stage_graph(model: ir.Model, folder: Path) -> GraphFile:
+    """Write a graph, and its weights beside it where they are large, into a folder."""
     numbers = sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value)
-    folds = numbers * 4 <= _FOLDED_BYTES
-    return open_session(save_graph(model, folder), threads=torch.get_num_threads(), fold_constants=folds)
+    return GraphFile(save_graph(model, folder), numbers)
+
+
+def without_activations(graph: GraphFile, folder: Path) -> GraphFile:
+    """A denoiser's graph with activation quantization bypassed, written into another folder."""
+    model = ir.load(graph.path)
+    BypassActivations()(model)
+    return stage_graph(model, folder)
+
+
+def open_graph(graph: GraphFile | ir.Model, folder: Path | None = None, device: str = "cpu") -> Any:
+    """Open a graph in ONNX Runtime, with as many threads as torch uses; one in memory through files in ``folder``.
+
+    On "cuda" it runs there, if this ONNX Runtime can: in full FP32, as on the CPU.
+    """
+    if isinstance(graph, ir.Model):
+        assert folder is not None
+        graph = stage_graph(graph, folder)
+    return open_session(
+        graph.path,
+        _providers(device),
+        threads=torch.get_num_threads(),
+        fold_constants=graph.numbers * 4 <= _FOLDED_BYTES,
+    )
+
+
+def _providers(device: str) -> list[Provider]:
+    import onnxruntime as ort
+
+    if device != "cuda" or _CUDA not in ort.get_available_providers():
+        return [_CPU]
+    return [(_CUDA, {"use_tf32": "0"}), _CPU]
 
 
 def identity_row(slots: int) -> NDArray[np.float32]:
@@ -73,26 +116,23 @@ class GraphRunner:
         plan: the sampler that the step belongs to.
         conditioning: of 2N prompts, unconditional first.
         extra: float32 [N, 1 + C, h, w], of an inpainting denoiser.
+        device: "cpu" or "cuda".
     """
 
     def __init__(
         self,
-        denoiser: ir.Model,
-        prologue: ir.Model,
+        denoiser: GraphFile | ir.Model,
+        prologue: GraphFile | ir.Model,
         plan: SamplerPlan,
         conditioning: Conditioning,
         extra: Tensor | None = None,
+        device: str = "cpu",
     ) -> None:
         self.plan = plan
-        # graphs of several gigabytes do not fit into protobuf's memory; from a file they do
         with temporary_folder() as folder:
-            self.session = open_graph(denoiser, Path(folder) / "denoiser")
-            prologue_session = open_graph(prologue, Path(folder) / "prologue")
-        names = [output.name for output in prologue_session.get_outputs()]
+            self.prompt = _prompt(open_graph(prologue, Path(folder) / "prologue", device), conditioning)
+            self.session = open_graph(denoiser, Path(folder) / "denoiser", device)
         self.inputs = {item.name for item in self.session.get_inputs()}
-        wanted = {item.name for item in prologue_session.get_inputs()}
-        given = {name: array for name, array in conditioning.numpy().items() if name in wanted}
-        self.prompt: Arrays = dict(zip(names, prologue_session.run(names, given), strict=True))
         if extra is not None:
             self.prompt[EXTRA_CHANNELS] = extra.numpy()
 
@@ -107,3 +147,11 @@ class GraphRunner:
         names = list(outputs or (output.name for output in self.session.get_outputs()))
         given = {name: value for name, value in {**feeds, **self.prompt}.items() if name in self.inputs}
         return dict(zip(names, self.session.run(names, given), strict=True))
+
+
+def _prompt(prologue: Any, conditioning: Conditioning) -> Arrays:
+    """What the prologue makes of the prompts; its session ends with this call."""
+    names = [output.name for output in prologue.get_outputs()]
+    wanted = {item.name for item in prologue.get_inputs()}
+    given = {name: array for name, array in conditioning.numpy().items() if name in wanted}
+    return dict(zip(names, prologue.run(names, given), strict=True))

@@ -2,69 +2,75 @@
 
 from __future__ import annotations
 
-import onnx_ir as ir
-import torch
-from torch import nn
+from pathlib import Path
 
-from sdq_export.denoiser import DenoiserGraphs
-from sdq_export.parity.components import check_vae_decoder, check_vae_encoder
-from sdq_export.parity.gate import float_distance
+import torch
+from torch import Tensor
+
+from sdq_export.parity.gate import FLOAT_LIMIT, DenoiserFiles, relative
+from sdq_export.parity.graphs import GraphRunner, without_activations
+from sdq_export.parity.reference import quantizers_off
 from sdq_export.parity.report import Criterion
-from sdq_export.parity.samples import TeacherSamples
+from sdq_export.parity.samples import TeacherSamples, guided
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.scratch import temporary_folder
+from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["check_other_size"]
+__all__ = ["OtherSize", "renamed"]
 
 _SEED = 31
 
 
-def check_other_size(
-    graphs: DenoiserGraphs,
-    vae_decoder: tuple[ir.Model, nn.Module],
-    vae_encoder: tuple[ir.Model, nn.Module] | None,
-    plan: SamplerPlan,
-    samples: TeacherSamples,
-    reference: StepDenoiser,
-) -> list[Criterion]:
-    """Denoiser (activation quantization bypassed), decoder and encoder on latents that are lower and wider.
-
-    Where the package's own size is the largest that there is, they are lower and narrower.
+class OtherSize:
+    """Latents that are lower and wider; where the package's own size is the largest that there is, lower and narrower.
 
     Args:
-        graphs: the canonical graphs of the denoiser.
-        vae_decoder: the decoder's graph and the torch module that it equals.
-        vae_encoder: the encoder's, if there is one.
-        plan: the sampler.
+        source: the checkpoint, for the sizes that its denoiser takes.
         samples: prompts and guidance.
-        reference: the torch StepDenoiser, as in `check_graphs`.
+
+    Attributes:
+        latents: float32 [N, C, h, w].
     """
-    unit, limit = reference.family.latent_multiple(reference.model), reference.family.latent_limit(reference.model)
-    count, channels, height, width = samples.model_inputs[0].shape
-    size = (max(height - unit, unit), width + unit)
-    if limit is not None and size[1] > limit:
-        size = (max(height - 2 * unit, unit), max(width - unit, unit))
-    generator = torch.Generator().manual_seed(_SEED)
-    latents = torch.randn(count, channels, *size, generator=generator)
-    extra = None
-    if samples.extra is not None:
-        extra = torch.randn(count, samples.extra.shape[1], *size, generator=generator)
-    step = plan.calls // 2
-    distance = float_distance(graphs, plan, samples, reference, latents, step, extra)
-    denoiser = Criterion(
-        name="float_graph_other_size",
-        says=f"relative distance from torch at {size[1]}x{size[0]} latents, without activation quantization,",
-        limit=1e-4,
-        steps=(step,),
-        per_step=(distance,),
-    )
-    found = [denoiser, _renamed(check_vae_decoder(*vae_decoder, latents[:1]))]
-    if vae_encoder is not None:
-        found.append(_renamed(check_vae_encoder(*vae_encoder, vae_decoder[1], latents[:1])))
-    return found
+
+    def __init__(self, source: Source, samples: TeacherSamples) -> None:
+        unit = source.family.latent_multiple(source.skeleton)
+        limit = source.family.latent_limit(source.skeleton)
+        count, channels, height, width = samples.shape
+        size = (max(height - unit, unit), width + unit)
+        if limit is not None and size[1] > limit:
+            size = (max(height - 2 * unit, unit), max(width - unit, unit))
+        generator = torch.Generator().manual_seed(_SEED)
+        self.samples, self.latents = samples, torch.randn(count, channels, *size, generator=generator)
+        self._extra = None
+        if samples.extra is not None:
+            self._extra = torch.randn(count, samples.extra.shape[1], *size, generator=generator)
+
+    def answer(self, reference: StepDenoiser, step: int) -> Tensor:
+        """The reference's guided output there, without activation quantization."""
+        samples = self.samples
+        with quantizers_off(reference):
+            return guided(reference, self.latents, step, samples.conditioning, samples.guidance_scale, self._extra)
+
+    def check(self, files: DenoiserFiles, plan: SamplerPlan, step: int, wanted: Tensor, device: str) -> Criterion:
+        """The denoiser's graph, activation quantization bypassed, against what `answer` said."""
+        with temporary_folder() as folder:
+            bypassed = without_activations(files.denoiser, Path(folder))
+            runner = GraphRunner(bypassed, files.prologue, plan, self.samples.conditioning, self._extra, device)
+            found = runner.output(self.latents, step, self.samples.guidance_scale)
+            del runner
+        height, width = self.latents.shape[2:]
+        return Criterion(
+            name="float_graph_other_size",
+            says=f"relative distance from torch at {width}x{height} latents, without activation quantization,",
+            limit=FLOAT_LIMIT,
+            steps=(step,),
+            per_step=(relative(found, wanted.numpy()),),
+        )
 
 
-def _renamed(criterion: Criterion) -> Criterion:
+def renamed(criterion: Criterion) -> Criterion:
+    """A component's criterion as that of the other size."""
     return criterion.model_copy(
         update={"name": f"{criterion.name}_other_size", "says": f"{criterion.says}, at another size,"}
     )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
 
 from sdq_export.integer_storage import prologue_layers, round_to_integers_
-from sdq_export.parity.gate import GRAPH_LIMIT, ends_and_middle, quantizers_off
+from sdq_export.parity.gate import GRAPH_LIMIT
+from sdq_export.parity.reference import answer, quantizers_off
 from sdq_export.parity.report import Criterion
-from sdq_export.parity.samples import TeacherSamples, guided
+from sdq_export.parity.samples import TeacherSamples
 from sdq_export.stepping import StepDenoiser
 from sdq_export.storage import IntegerDtype
 
@@ -29,19 +29,18 @@ def round_prologue_(
     Args:
         reference: the fake-quantized denoiser.
         samples: where to look.
-        steps: of which the first, the middle and the last are looked at.
+        steps: which are looked at.
         dtype: what they are rounded to.
 
     Returns:
         The layers' paths, and the criterion.
     """
-    chosen = ends_and_middle(steps)
-    quantized = [float(samples.distances(_output(reference, samples, step), step).mean()) for step in chosen]
+    quantized = [float(samples.distances(answer(reference, samples, step), step).mean()) for step in steps]
     with quantizers_off(reference):
-        before = [_output(reference, samples, step) for step in chosen]
+        before = [answer(reference, samples, step) for step in steps]
         layers = prologue_layers(reference)
         round_to_integers_(reference.model, layers, dtype)
-        after = [_output(reference, samples, step) for step in chosen]
+        after = [answer(reference, samples, step) for step in steps]
     errors = [float((new - old).norm() / old.norm()) for new, old in zip(after, before, strict=True)]
     ratios = [float(np.hypot(1.0, error / max(q, 1e-12))) for error, q in zip(errors, quantized, strict=True)]
     return layers, Criterion(
@@ -49,14 +48,8 @@ def round_prologue_(
         says=f"the quantization error with that of an {dtype.upper()} prologue added in squares, "
         "over the quantization error",
         limit=GRAPH_LIMIT,
-        steps=tuple(chosen),
+        steps=tuple(steps),
         per_step=tuple(ratios),
         details={"layers": len(layers), "error": errors, "quantization_error": quantized},
         hint="Keep more of it: leave --prologue out for FP16, or --prologue int8.",
-    )
-
-
-def _output(reference: StepDenoiser, samples: TeacherSamples, step: int) -> Tensor:
-    return guided(
-        reference, samples.model_inputs[step], step, samples.conditioning, samples.guidance_scale, samples.extra
     )

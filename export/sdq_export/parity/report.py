@@ -30,6 +30,8 @@ class Criterion(BaseModel):
     """How much of each step's figure the few samples alone may make; forgiven step by step, not overall."""
     overall: float | None = None
     """The figure over all steps and samples together, for criteria that are averages."""
+    overall_chance: float = 0.0
+    """How much of it the few samples alone may make; forgiven."""
     worst_at: str = ""
     """Where the worst figure was found, if it belongs to a layer."""
     details: dict[str, Any] = {}
@@ -57,7 +59,7 @@ class Criterion(BaseModel):
     @property
     def passed(self) -> bool:
         """Whether every step, and the whole, is within the limit."""
-        return self.failing is None and (self.overall is None or self.overall <= self.limit)
+        return self.failing is None and (self.overall is None or self.overall - self.overall_chance <= self.limit)
 
 
 class ParityReport(BaseModel):

@@ -1,8 +1,8 @@
-"""The inputs of parity: where the floating-point model's own sampling goes, and what it answers there."""
+"""The inputs of parity: where the floating-point model's sampling goes, and what it answers there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from sdq_export.conditioning import Conditioning
 from sdq_export.inpainting import sample_extra
+from sdq_export.parity.budget import Gate
+from sdq_export.sampler.jump import jump, model_input
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sampler.run import run_sampler
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["PARITY_PROMPTS", "TeacherSamples", "guided", "record_teacher", "samples_for"]
+__all__ = ["PARITY_PROMPTS", "TeacherSamples", "guided", "parity_prompts", "record_teacher"]
 
 PARITY_PROMPTS = (
     "a red circle on a blue background",
@@ -27,35 +29,37 @@ PARITY_PROMPTS = (
 )
 """Used where an export is given no prompts of its own."""
 
-_WANTED_ELEMENTS = 2048
 _SEED = 2718
 
 
 @dataclass(frozen=True)
 class TeacherSamples:
-    """The teacher's trajectory for N samples.
+    """The teacher's run for N samples, at the steps that the gate looks at.
 
     Attributes:
         conditioning: of 2N prompts, unconditional first.
         guidance_scale: of the guided outputs.
-        model_inputs: float32 [T, N, C, h, w], what the denoiser is given at each step.
-        outputs: float32 [T, N, C, h, w], the teacher's guided output there.
+        model_inputs: step -> float32 [N, C, h, w], what the denoiser is given.
+        outputs: step -> float32 [N, C, h, w], the teacher's guided output there.
         extra: float32 [N, 1 + C, h, w], mask and masked image of an inpainting denoiser, the same at every step.
     """
 
     conditioning: Conditioning
     guidance_scale: float
-    model_inputs: Tensor
-    outputs: Tensor
+    model_inputs: Mapping[int, Tensor]
+    outputs: Mapping[int, Tensor]
     extra: Tensor | None = None
 
-    def first(self) -> TeacherSamples:
-        """The first sample alone."""
-        rows = [0, len(self.conditioning) // 2]
-        extra = None if self.extra is None else self.extra[:1]
-        return TeacherSamples(
-            self.conditioning[rows], self.guidance_scale, self.model_inputs[:, :1], self.outputs[:, :1], extra
-        )
+    @property
+    def last(self) -> Tensor:
+        """The model's input at the last step, nearly an image's latents, float32 [1, C, h, w] of the first sample."""
+        return self.model_inputs[max(self.model_inputs)][:1]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, C, h, w."""
+        count, channels, height, width = next(iter(self.model_inputs.values())).shape
+        return count, channels, height, width
 
     def distances(self, outputs: NDArray[np.float32] | Tensor, step: int) -> NDArray[np.float64]:
         """Relative L2 distance of each sample's guided output [N, C, h, w] from the teacher's, [N]."""
@@ -64,60 +68,94 @@ class TeacherSamples:
         return result
 
 
-def samples_for(latent_shape: tuple[int, int, int]) -> int:
-    """N: enough samples that their average is steady; small latents need more of them."""
-    return max(2, min(8, _WANTED_ELEMENTS // int(np.prod(latent_shape))))
-
-
 def guided(denoiser: Callable[..., Tensor], samples_in: Tensor, step: int, conditioning: Conditioning,
            guidance_scale: float, extra: Tensor | None = None) -> Tensor:  # fmt: skip
-    """One guided output [N, C, h, w] of a StepDenoiser, as diffusers' pipelines combine it."""
-    more = [] if extra is None else [torch.cat([extra, extra])]
+    """One guided output [N, C, h, w] of a StepDenoiser, as diffusers' pipelines combine it.
+
+    It computes where the denoiser is; what goes in and comes out is on the CPU.
+    """
+    device = _device(denoiser)
+    more = [] if extra is None else [torch.cat([extra, extra]).to(device)]
     with torch.no_grad():
-        output = denoiser(torch.cat([samples_in, samples_in]), torch.tensor(step), conditioning, *more)
-    uncond, cond = output.chunk(2)
+        output = denoiser(
+            torch.cat([samples_in, samples_in]).to(device),
+            torch.tensor(step, device=device),
+            conditioning.to(device),
+            *more,
+        )
+    uncond, cond = output.float().cpu().chunk(2)
     return uncond + guidance_scale * (cond - uncond)
+
+
+def _device(denoiser: Callable[..., Tensor]) -> torch.device:
+    parameters = denoiser.parameters() if isinstance(denoiser, torch.nn.Module) else iter(())
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+
+def parity_prompts(prompts: tuple[str, ...], count: int) -> list[str | None]:
+    """What N samples are told: N times nothing, the unconditional half, then the prompts in turn."""
+    return [*[None] * count, *(prompts[index % len(prompts)] for index in range(count))]
 
 
 def record_teacher(
     source: Source,
     plan: SamplerPlan,
     guidance_scale: float,
-    prompts: Sequence[str] = PARITY_PROMPTS,
-    on_step: Callable[[int], None] | None = None,
+    conditioning: Conditioning,
+    gate: Gate,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int], None] = lambda done: None,
 ) -> TeacherSamples:
-    """Sample N images' latents with the floating-point model and keep every step.
+    """Sample the gate's images with the floating-point model, and keep the steps that the gate looks at.
+
+    A full gate keeps the whole run of the sampler. A gate of few calls calls the teacher at its own steps alone: what
+    it answers at one says what the latents of the next are (`sdq_export.sampler.jump`). Both are inputs that lie on
+    the way of a run, at the noise level that each step's scales and time row belong to; which of the images on that
+    way they are does not matter to what is compared there, a graph with torch.
 
     Args:
         source: the checkpoint; its denoiser is not changed.
         plan: the sampler.
         guidance_scale: of classifier-free guidance.
-        prompts: as many as there are are used in turn.
-        on_step: hears each finished step.
+        conditioning: of `parity_prompts`.
+        gate: steps and samples.
+        device: where the teacher computes.
+        on_step: hears how many steps are done.
     """
     latent_shape = source.family.latent_shape(source)
-    count = samples_for(latent_shape)
-    chosen = [prompts[index % len(prompts)] for index in range(count)]
-    conditioning = source.family.encode_prompts(source, [*[None] * count, *chosen])
-    for encoder in source.family.text_encoders:  # gigabytes, which are not needed beside the denoiser
-        source.release(encoder.component)
-    teacher = StepDenoiser(source.own(source.family.denoiser), torch.from_numpy(plan.timesteps)).eval()
+    count = len(conditioning) // 2
+    teacher = StepDenoiser(source.own(source.family.denoiser), torch.from_numpy(plan.timesteps)).eval().to(device)
     generator = torch.Generator().manual_seed(_SEED)
     extra = sample_extra(teacher.model, count, torch.Generator().manual_seed(_SEED + 1))
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
 
-    def keep(step: int, model_input: Tensor, output: Tensor) -> None:
-        inputs.append(model_input.clone())
-        outputs.append(output.clone())
-        if on_step is not None:
-            on_step(step)
+    def keep(step: int, given: Tensor, output: Tensor) -> None:
+        inputs[step], outputs[step] = given.clone(), output.clone()
+        on_step(len(inputs))
 
-    run_sampler(
-        plan,
-        lambda model_input, step: guided(teacher, model_input, step, conditioning, guidance_scale, extra),
-        torch.randn(count, *latent_shape, generator=generator),
-        generator=generator,
-        on_step=keep,
-    )
-    return TeacherSamples(conditioning, guidance_scale, torch.stack(inputs), torch.stack(outputs), extra)
+    def predict(given: Tensor, step: int) -> Tensor:
+        return guided(teacher, given, step, conditioning, guidance_scale, extra)
+
+    noise = torch.randn(count, *latent_shape, generator=generator)
+    if gate.full:
+        run_sampler(plan, predict, noise, generator=generator, on_step=keep)
+    else:
+        _jump_through(plan, predict, noise, gate.steps, keep)
+    return TeacherSamples(conditioning, guidance_scale, inputs, outputs, extra)
+
+
+def _jump_through(
+    plan: SamplerPlan,
+    predict: Callable[[Tensor, int], Tensor],
+    noise: Tensor,
+    steps: tuple[int, ...],
+    keep: Callable[[int, Tensor, Tensor], None],
+) -> None:
+    latents = float(plan.init_noise_sigma[0]) * noise
+    for step, later in zip(steps, (*steps[1:], None), strict=True):
+        given = model_input(plan, latents, step)
+        output = predict(given, step)
+        keep(step, given, output)
+        if later is not None:
+            latents = jump(plan, latents, output, step, later)

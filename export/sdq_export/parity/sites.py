@@ -1,8 +1,9 @@
-"""Criterion 2: each quantized layer alone, on the very tensors that the graph gave it."""
+"""Criterion 2: each quantized layer of the graph alone, on the very tensors that the reference gives it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sdq_engines.backends.onnxruntime import open_session
 from sdq_engines.lowering.graph import QuantizedLayer, quantized_layers
-from sdq_export.parity.graphs import GraphRunner, identity_row, step_feeds
+from sdq_export.parity.graphs import GraphFile
+from sdq_export.parity.reference import answer
 from sdq_export.parity.samples import TeacherSamples
 from sdq_export.quantspec import QuantSpec, grid_limits
-from sdq_export.sampler.plan import SamplerPlan
 
 __all__ = ["SiteFigures", "measure_sites"]
-
-_LAYERS_AT_ONCE = 32
 
 _CHANCE_TIES = 3
 """x * (s_ref / s_t) / s_ref and x / s_t differ in the last bit, which moves a few values per 100,000 over a rounding
@@ -46,67 +46,75 @@ class SiteFigures:
     worst_site: str
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Graph tensors around one layer."""
-
-    layer: str
-    source: str
-    """What the site quantizes, as the layer before left it."""
-    integers: str | None
-    result: str
-    """The operator's result, the second product of per-step scales included."""
-    has_bias: bool
-
-
 def measure_sites(
-    denoiser: ir.Model,
-    prologue: ir.Model,
-    plan: SamplerPlan,
+    denoiser: GraphFile,
     samples: TeacherSamples,
-    reference: nn.Module,
+    reference: Any,
     spec: QuantSpec,
-    scales: dict[str, NDArray[np.float32]],
-    steps: list[int],
+    scales: Mapping[str, NDArray[np.float32]],
+    steps: Sequence[int],
 ) -> list[SiteFigures]:
     """Compare every site at every step of ``steps``.
 
+    The reference runs once a step. What it gives a layer is given to the layer's own part of the graph as well, from
+    the site's tensor to the operator's product, in a session of its own: all layers cost about one more run, and
+    memory for one layer.
+
     Args:
-        denoiser: the quantized whole-step graph; it is not changed.
-        prologue: what depends on the prompts alone.
-        plan: the sampler.
+        denoiser: the quantized whole-step graph.
         samples: where to look.
         reference: the fake-quantized StepDenoiser.
         spec: the sites.
         scales: per-step scales [T] by site name.
         steps: which steps.
     """
-    figures: dict[int, list[SiteFigures]] = {step: [] for step in steps}
-    for probes, model in _exposed(denoiser):
-        runner = GraphRunner(model, prologue, plan, samples.conditioning, samples.extra)
-        row = identity_row(plan.slots)
-        for step in steps:
-            inputs = samples.model_inputs[step].numpy()
-            found = runner.run(step_feeds(plan, inputs, step, samples.guidance_scale, row))
-            figures[step] += [_compare(probe, found, reference, spec, scales, step) for probe in probes]
-    return [_worst(figures[step]) for step in steps]
+    model = ir.load(denoiser.path)
+    layers = [_part(model, layer) for layer in quantized_layers(model)]
+    return [_at_step(layers, samples, reference, spec, scales, step) for step in steps]
 
 
-def _exposed(denoiser: ir.Model) -> Iterator[tuple[list[_Probe], ir.Model]]:
-    """Copies of the graph that also put out the tensors around some of the layers."""
-    names = [layer.name for layer in quantized_layers(denoiser)]
-    for start in range(0, len(names), _LAYERS_AT_ONCE):
-        wanted = set(names[start : start + _LAYERS_AT_ONCE])
-        model = denoiser.clone()
-        probes = [_probe(layer) for layer in quantized_layers(model) if layer.name in wanted]
-        values = {value.name: value for node in model.graph for value in node.outputs}
-        needed = {name for probe in probes for name in (probe.source, probe.integers, probe.result) if name is not None}
-        shown = {value.name for value in model.graph.outputs}
-        model.graph.outputs.extend(values[name] for name in sorted(needed - shown))
-        yield probes, model
+def _at_step(
+    layers: Sequence[_Part],
+    samples: TeacherSamples,
+    reference: Any,
+    spec: QuantSpec,
+    scales: Mapping[str, NDArray[np.float32]],
+    step: int,
+) -> SiteFigures:
+    figures: list[SiteFigures] = []
+
+    def hear(part: _Part, x: Tensor) -> None:
+        figures.append(_compare(part, x, reference, spec, scales, step))
+
+    with _listening(reference, spec, layers, hear):
+        answer(reference, samples, step)
+    return _worst(figures)
 
 
-def _probe(layer: QuantizedLayer) -> _Probe:
+@dataclass(frozen=True)
+class _Part:
+    """A layer's part of the graph."""
+
+    model: ir.Model
+    layer: str
+    source: ir.Value
+    """What the site quantizes, as the layer before left it."""
+    integers: ir.Value | None
+    result: ir.Value
+    """The operator's result, the second product of per-step scales included."""
+    has_bias: bool
+
+    def session(self) -> Any:
+        """The part alone, opened in ONNX Runtime: inputs `source` and, of per-step scales, `step`."""
+        outputs = [self.result] if self.integers is None else [self.result, self.integers]
+        nodes, constants, inputs = _between(self.source, outputs)
+        opsets = self.model.graph.opset_imports
+        view = ir.GraphView(inputs, outputs, nodes=nodes, initializers=constants, opset_imports=opsets, name=self.layer)
+        model = ir.external_data.load_to_model(ir.Model(view.clone(), ir_version=self.model.ir_version))
+        return open_session(ir.to_proto(model).SerializeToString(), threads=torch.get_num_threads())
+
+
+def _part(model: ir.Model, layer: QuantizedLayer) -> _Part:
     node = layer.node
     result = node.outputs[0]
     scaled = [user for user in result.consumers() if user.name == f"{layer.name}/rescale_out"]
@@ -118,45 +126,105 @@ def _probe(layer: QuantizedLayer) -> _Probe:
         quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
         assert quantize is not None
         assert quantize.inputs[0] is not None
-        integers, source = quantize.outputs[0].name, quantize.inputs[0]
+        integers, source = quantize.outputs[0], quantize.inputs[0]
         rescale = source.producer()
         if rescale is not None and (rescale.name or "").endswith("/rescale_in") and rescale.inputs[0] is not None:
             source = rescale.inputs[0]
-    return _Probe(
+    return _Part(
+        model=model,
         layer=layer.name,
-        source=source.name or "",
+        source=source,
         integers=integers,
-        result=(scaled[0].outputs[0] if scaled else result).name or "",
+        result=scaled[0].outputs[0] if scaled else result,
         has_bias=len(node.inputs) > 2 and node.inputs[2] is not None,
     )
 
 
+def _between(source: ir.Value, outputs: Sequence[ir.Value]) -> tuple[list[ir.Node], list[ir.Value], list[ir.Value]]:
+    """The nodes that make the outputs of `source`, in order, the constants that they read, and the graph's inputs."""
+    nodes: dict[ir.Node, None] = {}
+    constants: dict[ir.Value, None] = {}
+    inputs: dict[ir.Value, None] = {source: None}
+
+    def visit(value: ir.Value | None) -> None:
+        if value is None or value in inputs or value in constants:
+            return
+        producer = value.producer()
+        if producer is None:
+            (constants if value.is_initializer() else inputs)[value] = None
+        elif producer not in nodes:
+            for each in producer.inputs:
+                visit(each)
+            nodes[producer] = None
+
+    for output in outputs:
+        visit(output)
+    return list(nodes), list(constants), list(inputs)
+
+
+@contextmanager
+def _listening(
+    reference: Any, spec: QuantSpec, parts: Sequence[_Part], hear: Callable[[_Part, Tensor], None]
+) -> Iterator[None]:
+    """Hear of each layer, while the reference runs, the tensor that its site quantizes, or that it reads."""
+    quantized: dict[str, Tensor] = {}
+    handles = []
+    for name, quantizer in reference.quantizers.items():
+
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor, name: str = name) -> None:
+            quantized[name] = inputs[0]
+
+        handles.append(quantizer.register_forward_hook(keep))
+    for part in parts:
+        site = spec.activation_of.get(part.layer)
+
+        def tell(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor, part: _Part = part, site: Any = site) -> None:
+            hear(part, inputs[0] if site is None else quantized[site.name])
+
+        handles.append(reference.model.get_submodule(part.layer).register_forward_hook(tell))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _compare(
-    probe: _Probe,
-    found: dict[str, NDArray[Any]],
+    part: _Part,
+    source: Tensor,
     reference: Any,
     spec: QuantSpec,
-    scales: dict[str, NDArray[np.float32]],
+    scales: Mapping[str, NDArray[np.float32]],
     step: int,
 ) -> SiteFigures:
-    module = reference.model.get_submodule(probe.layer)
-    site = spec.activation_of.get(probe.layer)
-    source = torch.from_numpy(found[probe.source])
-    if site is None or probe.integers is None:
+    module = reference.model.get_submodule(part.layer)
+    site = spec.activation_of.get(part.layer)
+    found = _run(part, source, step)
+    result = torch.from_numpy(found[0])
+    if site is None or part.integers is None:
         share, largest, inputs = 0.0, 0, source
     else:
         scale = float(scales[site.name][step])
-        integers = torch.from_numpy(found[probe.integers].astype(np.float32))
+        integers = torch.from_numpy(found[1].astype(np.float32))
         low, high = grid_limits(site.bits)
-        wanted = torch.clamp(torch.round(source / scale), low, high)
+        wanted = torch.clamp(torch.round(source.cpu() / scale), low, high)
         difference = (integers - wanted).abs()
         beyond_chance = max(0, int((difference > 0).sum()) - _CHANCE_TIES)
         share, largest = beyond_chance / difference.numel(), int(difference.max())
         inputs = integers * scale
-    expected = _apply(module, inputs, probe.has_bias)
-    result = torch.from_numpy(found[probe.result])
+    expected = _apply(module, inputs.to(module.weight.device), part.has_bias).cpu()
     error = float((result - expected).norm() / expected.norm().clamp_min(1e-12))
-    return SiteFigures(share, largest, error, probe.layer, probe.layer)
+    return SiteFigures(share, largest, error, part.layer, part.layer)
+
+
+def _run(part: _Part, source: Tensor, step: int) -> list[NDArray[Any]]:
+    session = part.session()
+    feeds = {
+        item.name: source.cpu().numpy() if item.name == part.source.name else np.asarray(step, np.int64)
+        for item in session.get_inputs()
+    }
+    outputs: list[NDArray[Any]] = session.run(None, feeds)
+    return outputs
 
 
 def _apply(module: nn.Module, inputs: Tensor, has_bias: bool) -> Tensor:
