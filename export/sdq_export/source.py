@@ -62,7 +62,7 @@ class Source:
 
     def weights_sha256(self, part: str) -> str:
         """Hash over the weight files of a part such as "unet" or "text_encoder", in hexadecimal."""
-        files = self._weight_files(part)
+        files = self.weight_files(part)
         if len(files) == 1:
             return sha256_file(files[0])
         return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
@@ -179,7 +179,7 @@ class Source:
         """The licence that travels with the package, if the checkpoint brings one."""
         return next(iter(sorted(self.folder.glob("LICENSE*"))), None)
 
-    def _weight_files(self, part: str) -> list[Path]:
+    def weight_files(self, part: str) -> list[Path]:
         """The part's safetensors: the plain ones where there are any, else the fp16 variant's."""
         files = sorted((self.folder / part).glob("*.safetensors"))
         plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
@@ -194,7 +194,7 @@ class Source:
         return part_class(self.index, self.family, name, self.model)
 
     def _model(self, kind: Any, name: str) -> Any:
-        files = self._weight_files(name)
+        files = self.weight_files(name)
         variant = "fp16" if all(".fp16" in file.name for file in files) else None
         return load_model(kind, self.folder, name, self.model, files, variant)
 
@@ -258,7 +258,7 @@ def _parts_named(source: Source) -> list[str]:
 
 
 def _check_weights(source: Source, part: str) -> None:
-    if source._weight_files(part):
+    if source.weight_files(part):
         return
     pickles = [file.name for file in (source.folder / part).glob("*") if file.suffix in _PICKLES]
     if pickles:
