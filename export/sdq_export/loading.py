@@ -40,6 +40,8 @@ def naming(what: str, hint: str = _AGAIN) -> Iterator[None]:
             reason = f"{type(error).__name__}: {reason}"
         if "not enough memory" in reason or "out of memory" in reason:
             hint = "Free memory, or take a machine with more."
+        elif isinstance(error, ImportError):
+            hint = "Install the library that it names."
         raise SdqError(f"{what} cannot be loaded: {reason}", hint) from error
 
 
