@@ -124,6 +124,8 @@ def claim_output(folder: str | Path, kind: FolderKind) -> Path:
 def claimed_folder(folder: str | Path, kind: FolderKind, doing: str) -> Iterator[Path]:
     """`claim_output` for a block in which no other command may write to the folder.
 
+    A folder that was not there before is not there after a block that left it empty.
+
     Args:
         folder: what to write to.
         kind: whose it is to be.
@@ -132,14 +134,20 @@ def claimed_folder(folder: str | Path, kind: FolderKind, doing: str) -> Iterator
     Raises:
         SdqError: as `claim_output`; or another command is writing to it.
     """
+    existed = Path(folder).exists()
     try:
         path = claim_output(folder, kind)
     except SdqError as error:
         if is_held(Path(folder), JOB):  # its command has not yet said whose the folder is to be
             raise busy(Path(folder), JOB) from error
         raise
-    with sole_writer(path, JOB, doing):
-        yield claim_output(path, kind)  # once more: another may have just left it
+    try:
+        with sole_writer(path, JOB, doing):
+            yield claim_output(path, kind)  # once more: another may have just left it
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):  # not empty: something was written
+                path.rmdir()
 
 
 def _is_empty(folder: Path) -> bool:

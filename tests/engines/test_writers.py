@@ -67,6 +67,15 @@ def test_a_second_command_is_refused_and_told_who_is_first(tmp_path: Path) -> No
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_that_was_not_there_is_not_left_empty(tmp_path: Path) -> None:
+    with pytest.raises(SdqError, match="refused"), claimed_folder(tmp_path / "new", "run", "train"):
+        raise SdqError("refused")
+    assert not (tmp_path / "new").exists()
+    with claimed_folder(tmp_path / "new", "run", "train") as folder:
+        (folder / "run.json").write_text('{"kind": "sdq-run"}', "utf-8")
+    assert (tmp_path / "new" / "run.json").is_file()
+
+
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:
     process = hold_elsewhere(tmp_path, JOB)
     process.send_signal(signal.SIGKILL)
