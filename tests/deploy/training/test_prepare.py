@@ -13,6 +13,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
 from sdq_deploy.cli import main
+from sdq_deploy.evaluation.candidates import find_reference, open_candidates
 from sdq_deploy.lora import Lora
 from sdq_deploy.models import open_run_model
 from sdq_deploy.training.context import TrainingSettings
@@ -197,3 +198,17 @@ def test_the_command_line_says_so_in_a_sentence(
         assert words in said
         assert "Traceback" not in said
     assert files_in(tmp_path) == before
+
+
+def test_evaluation_finds_a_moved_model_by_the_reference(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    info = run / "checkpoint/quant.json"
+    tree = json.loads(info.read_text("utf-8"))
+    tree["source"]["model"] = str(tmp_path / "gone")
+    info.write_text(json.dumps(tree), "utf-8")
+    with pytest.raises(SdqError, match=r"gone does not exist") as caught:
+        open_candidates([str(run)])
+    assert "--reference MODEL" in caught.value.hint
+    (found,) = open_candidates([str(run)], reference=str(tiny_sd))
+    assert found.model_folder == str(tiny_sd.resolve())
+    assert find_reference([found]).model_folder == found.model_folder
