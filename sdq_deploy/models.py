@@ -71,13 +71,13 @@ def open_run_model(
     from sdq_export.source_files import require_same_model
 
     folder = Path(run)
-    own = RunFolder(folder if (folder / "run.json").is_file() else folder.parent).model
+    around = RunFolder(folder if (folder / "run.json").is_file() else folder.parent)
     if named is None and from_file is not None and from_file.given:
         raise SdqError("--config and --vae-from say how --model FILE is converted.", "Leave them out, or add --model.")
     if named is not None:
         source = open_model(named, from_file=from_file)
-    elif (own / "model_index.json").is_file():
-        source = load_source(own)
+    elif around.prepared.is_file():
+        source = load_source(around.model)
     else:
         try:
             source = load_source(resolve_model(trained_from.model), trained_from.revision)

@@ -101,12 +101,9 @@ def convert_file(path: Path, options: FromFile, folder: Path) -> None:
             if keys:
                 model: Any = load_part(source, part, own, keys)
                 model.save_pretrained(folder / part, safe_serialization=True)
-            elif not _take_from_config(options, part, folder, path, said):
-                index[part] = [None, None]
-        if any(index[part] == [None, None] for part in _OPTIONAL if part in index):
-            index |= {part: [None, None] for part in _OPTIONAL if part in index}
-            for part in _OPTIONAL:
-                shutil.rmtree(folder / part, ignore_errors=True)
+            else:
+                _take_from_config(options, part, folder, path, said)
+        if index.get(_OPTIONAL[0]) == [None, None]:
             said.append("It is without its third text encoder, as the pipeline may be.")
     atomic_write_text(folder / "NOTICE", _notice(path, header, options, said))
     atomic_write_json(folder / "model_index.json", index)
@@ -128,8 +125,9 @@ def configuration(header: Header, options: FromFile) -> Iterator[Path]:
             for name in _relative(given):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(given / name, folder / name)
-        _simplify_index(folder)
-        _require_tokenizers(header, folder)
+        has_third = bool(header.keys_of(_OPTIONAL[0]) or _weights_of_config(options, _OPTIONAL[0]))
+        index = _simplified_index(folder, () if has_third else _OPTIONAL)
+        _require_tokenizers(header, folder, index)
         yield folder
 
 
@@ -197,41 +195,46 @@ def _unknown(header: Header) -> SdqError:
     )
 
 
-def _simplify_index(folder: Path) -> None:
-    """A single file has no safety checker and no image encoder."""
+def _simplified_index(folder: Path, without: tuple[str, ...]) -> dict[str, Any]:
+    """model_index.json without the parts that no single file has, and without those named; their folders go too."""
     path = folder / "model_index.json"
     try:
         index: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise SdqError(f"The model_index.json of --config is not valid JSON: {error}.") from error
-    dropped = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index}
-    path.write_text(json.dumps(index | dropped, indent=2), "utf-8")
+    dropped = [name for name in ("safety_checker", "feature_extractor", "image_encoder", *without) if name in index]
+    for name in dropped:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    index |= {name: [None, None] for name in dropped}
+    path.write_text(json.dumps(index, indent=2), "utf-8")
+    return index
 
 
-def _require_tokenizers(header: Header, folder: Path) -> None:
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    for part in (name for name in index if name.startswith("tokenizer")):
-        wanted = isinstance(index[part], list) and all(index[part])
-        if wanted and not any((folder / part).glob("*")):
-            if part in _OPTIONAL and not header.keys_of("text_encoder_3"):
-                index |= {name: [None, None] for name in _OPTIONAL}
-                continue
+def _require_tokenizers(header: Header, folder: Path, index: dict[str, Any]) -> None:
+    for part, named in index.items():
+        if (
+            part.startswith("tokenizer")
+            and isinstance(named, list)
+            and all(named)
+            and not any((folder / part).glob("*"))
+        ):
             raise SdqError(
                 f"The configuration for {header.path} has no {part}/, and a single file holds no vocabulary.",
                 f"Give a folder that has it: --config FOLDER, with FOLDER/{part}/",
             )
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2), "utf-8")
 
 
-def _take_from_config(options: FromFile, part: str, folder: Path, path: Path, said: list[str]) -> bool:
-    """A part that the file lacks, where the user's configuration folder has it; False where it can be left out."""
+def _take_from_config(options: FromFile, part: str, folder: Path, path: Path, said: list[str]) -> None:
+    """A part that the file lacks, where the user's configuration folder has it.
+
+    Raises:
+        SdqError: it has not.
+    """
     if weights := _weights_of_config(options, part):
         for each in [*weights, *sorted(weights[0].parent.glob("*.json"))]:
             shutil.copyfile(each, folder / part / each.name)
         said.append(f"Its {part} is that of {options.config}, for the file holds none.")
-        return True
-    if part in _OPTIONAL:
-        return False
+        return
     hint = (
         "Give the file of a VAE: --vae-from FILE"
         if part == "vae"

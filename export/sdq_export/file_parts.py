@@ -60,7 +60,9 @@ def _transformers_model(kind: Any, tensors: dict[str, Tensor], folder: str, part
         if kind.__name__.startswith("T5")
         else diffusers_files.create_diffusers_clip_model_from_ldm
     )
-    return made(kind, checkpoint=tensors, config=folder, subfolder=part, local_files_only=True, torch_dtype=dtype)
+    model = made(kind, checkpoint=tensors, config=folder, subfolder=part, local_files_only=True, torch_dtype=dtype)
+    model.tie_weights()  # making it without memory has untied T5's two names of one embedding
+    return model
 
 
 def _check_encoder(model: nn.Module, hollow: Mapping[str, Tensor], part: str, header: Header) -> None:

@@ -157,8 +157,7 @@ class TrainingContext:
     @cached_property
     def source_ref(self) -> SourceRef:
         """The source as the quantized checkpoint records it."""
-        own = self.folder.model
-        model = str(own.resolve()) if own.is_dir() else self.settings.model
+        model = str(self.folder.model.resolve()) if self.folder.prepared.is_file() else self.settings.model
         source = self.source
         return SourceRef(model=model, revision=source.revision, sha256=source.sha256, parts=source.hashes)
 

@@ -23,6 +23,7 @@ class RunFolder:
         self.path = path
         self.status_file = path / "run.json"
         self.model = path / "model"
+        self.prepared = self.model / "prepared.json"
         self.dataset = path / "dataset"
         self.tables = path / "tables.safetensors"
         self.scales = path / "scales.safetensors"

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["base_identity", "is_prepared", "prepare_model"]
 
-#: Written last, so that a folder that has it is whole, and ours.
-RECORD = "prepared.json"
 _STAGE = "prepare"
 
 
@@ -71,16 +69,16 @@ def prepare_model(
             progress.console.print((folder.model / "NOTICE").read_text(encoding="utf-8").strip(), markup=False)
         progress.update(task, total=1, completed=1)
     accelerator.wait_for_everyone()
-    await_files([folder.model / RECORD])
+    await_files([folder.prepared])
     return load_source(folder.model), [_STAGE] if ran else []
 
 
 def _prepare(settings: TrainingSettings, folder: RunFolder, recorded: dict[str, Any]) -> bool:
     identity = base_identity(settings)
     inputs = _digest(identity, [(lora.sha256, lora.weight) for lora in settings.loras])
-    if _recorded(folder.model).get("inputs") == inputs:
+    if _recorded(folder).get("inputs") == inputs:
         return False
-    if folder.model.exists() and not _recorded(folder.model):
+    if folder.model.exists() and not _recorded(folder):
         raise SdqError(
             f"The folder {folder.model} was not made by sdq-deploy; nothing was written.", "Give another --out."
         )
@@ -108,7 +106,7 @@ def _make_model(settings: TrainingSettings, folder: RunFolder, inputs: str) -> N
             fuse_loras(source, settings.loras, temporary / "fused")
             _write_notice(settings, source, temporary / "fused")
         last = temporary / ("fused" if settings.loras else "file")
-        atomic_write_json(last / RECORD, {"kind": "sdq-model", "inputs": inputs, "model": settings.model})
+        atomic_write_json(last / folder.prepared.name, {"kind": "sdq-model", "inputs": inputs, "model": settings.model})
         shutil.rmtree(folder.model, ignore_errors=True)
         os.replace(last, folder.model)
     except OSError as error:
@@ -132,9 +130,10 @@ def _write_notice(settings: TrainingSettings, source: Source, folder: Path) -> N
     atomic_write_text(own, f"{carried}{source.model} with adapters fused into its weights: {names}.\n")
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
+def _recorded(folder: RunFolder) -> dict[str, Any]:
+    """What the file says that is written last, so that a model that has it is whole, and ours; empty without it."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads(folder.prepared.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and record.get("kind") == "sdq-model" else {}

@@ -82,8 +82,9 @@ def _context_of(run: Path, source: Source | None) -> TrainingContext:
         revision=recorded.get("revision"),
         embeddings=tuple(recorded.get("embeddings", ())),
     )
-    own = RunFolder(run).model
-    loaded = source or load_source(own if own.is_dir() else resolve_model(settings.model), settings.revision)
+    folder = RunFolder(run)
+    where = folder.model if folder.prepared.is_file() else resolve_model(settings.model)
+    loaded = source or load_source(where, settings.revision)
     context = TrainingContext(settings, loaded, make_accelerator(settings.recipe, cpu=True), Progress(disable=True))
     if not context.folder.scales.is_file():
         raise SdqError(f"The run {run} is not calibrated yet.", "Continue it with: sdq-deploy train … --resume")

@@ -22,7 +22,7 @@ from sdq_export.provenance import source_info
 from sdq_export.published import published
 from sdq_export.single_file import FromFile, family_of_file, read_header
 from sdq_export.source import Source, load_source
-from tests.single_files import original_state, vae_state, write_file
+from tests.single_files import original_state, part_state, vae_state, write_file
 
 Tiny = Callable[[str], Path]
 KINDS = ["sd", "sd-inpainting", "sd2", "sdxl", "sd3"]
@@ -115,6 +115,21 @@ def test_a_part_that_the_file_lacks(tiny_sd: Path, files: Files, tmp_path: Path)
     source = converted(path, str(tiny_sd), tmp_path / "taken")
     assert_same(source.vae.state_dict(), load_source(tiny_sd).vae.state_dict())
     assert f"Its vae is that of {tiny_sd}, for the file holds none." in (source.folder / "NOTICE").read_text("utf-8")
+
+
+def test_stable_diffusion_3_with_and_without_t5(tiny: Tiny, files: Files, tmp_path: Path) -> None:
+    """From the file, from the configuration's folder, or left out with a word, as the pipeline allows it."""
+    state = original_state("sd3", tiny("sd3-t5"))
+    config = str(shutil.copytree(tiny("sd3-t5"), tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors")))
+    t5 = {f"text_encoders.t5xxl.transformer.{k}": v for k, v in part_state(tiny("sd3-t5") / "text_encoder_3").items()}
+    expected = load_source(tiny("sd3-t5")).part("text_encoder_3").state_dict()
+    whole = converted(write_file(state | t5, tmp_path / "whole.safetensors"), config, tmp_path / "whole")
+    taken = converted(write_file(state, tmp_path / "less.safetensors"), str(tiny("sd3-t5")), tmp_path / "taken")
+    for source in (whole, taken):
+        assert_same(source.part("text_encoder_3").state_dict(), expected)
+    without = converted(tmp_path / "less.safetensors", config, tmp_path / "without")
+    assert without.weighted_parts == ["transformer", "vae", "text_encoder", "text_encoder_2"]
+    assert "without its third text encoder" in (without.folder / "NOTICE").read_text("utf-8")
 
 
 def change_lacking(state: dict[str, Tensor]) -> None:

@@ -12,9 +12,10 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from sdq_deploy.cli import main
+from sdq_deploy.evaluation.candidates import find_reference, open_candidates
 from sdq_deploy.lora import Lora
 from sdq_deploy.models import open_run_model
-from sdq_deploy.training import prepare
 from sdq_deploy.training.context import TrainingSettings
 from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.forecast import forecast
@@ -25,7 +26,7 @@ from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import load_checkpoint
 from sdq_export.single_file import FromFile
 from sdq_export.source import Source, load_source
-from tests.deploy.training.helpers import small_settings
+from tests.deploy.training.helpers import SMALL, small_settings
 from tests.single_files import original_state, write_file
 
 QUERY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -72,16 +73,12 @@ def test_the_model_is_made_once_and_anew_when_an_input_has_changed(tiny_sd: Path
     assert prepared(with_lora(tiny_sd, run, adapter, 0.5))[1] == ["prepare"]
 
 
-def test_a_failure_leaves_the_earlier_model(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_earlier_model(tiny_sd: Path, tmp_path: Path) -> None:
     run, adapter = tmp_path / "run", write_adapter(tmp_path / "a.safetensors")
     made = prepared(with_lora(tiny_sd, run, adapter))[0].sha256
-
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prepare, "_write_notice", full_disk)
-    with pytest.raises(SdqError, match=r"could not be written.*No space left"):
-        prepared(with_lora(tiny_sd, run, adapter, 0.5))
+    save_file({**load_file(adapter), f"{QUERY}.alpha": torch.tensor(float("nan"))}, adapter)
+    with pytest.raises(SdqError, match="makes weights that are not finite"):
+        prepared(with_lora(tiny_sd, run, adapter))
     assert sorted(path.name for path in run.iterdir()) == ["model", "run.json"]
     assert load_source(run / "model").sha256 == made
     with pytest.raises(SdqError, match="not finished: it stopped in the stage 'prepare'"):
@@ -169,3 +166,49 @@ def test_a_single_file_is_converted_into_the_run(tiny_sd: Path, tmp_path: Path) 
     assert ran == ["prepare"]
     torch.testing.assert_close(fused.denoiser.state_dict(), expected.denoiser.state_dict(), rtol=0, atol=0)
     assert "does not say under which licence" in (fused.folder / "NOTICE").read_text("utf-8")
+
+
+def test_the_command_line_says_so_in_a_sentence(
+    tiny_sd: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--dry-run` with an adapter writes nothing; `--model` is checked; options that mean nothing are refused."""
+    adapter, prompts = write_adapter(tmp_path / "a.safetensors"), tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a red circle number {index}" for index in range(10)), encoding="utf-8")
+    other = Path(shutil.copytree(tiny_sd, tmp_path / "other"))
+    config = other / "text_encoder/config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    small = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
+    train = ["train", tiny_sd, "--out", tmp_path / "run", "--recipe", "shapes-64", "--prompts", prompts, *small]
+    export = ["--out", tmp_path / "package"]
+    before = files_in(tmp_path)
+    cases = [
+        ([*train, "--lora", f"{adapter}=0.5", "--dry-run"], 0, "Nothing was written."),
+        ([*train, "--config", other], 1, "is no single file, and --config and --vae-from say how to convert one"),
+        ([*train, "--vae-from", tmp_path / "v.safetensors"], 1, "v.safetensors does not exist"),
+        (["export", finished_run, "--model", other, *export], 1, "the hash of text_encoder is not the same"),
+        (["export", finished_run, "--config", other, *export], 1, "say how --model FILE is converted"),
+        (["export", tiny_sd, "--model", other, *export], 1, "--model names the model of a RUN"),
+    ]
+    for arguments, code, words in cases:
+        with pytest.raises(SystemExit) as exit_:
+            main.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        said = " ".join((captured.out + captured.err).split())
+        assert (exit_.value.code or 0) == code, said
+        assert words in said
+        assert "Traceback" not in said
+    assert files_in(tmp_path) == before
+
+
+def test_evaluation_finds_a_moved_model_by_the_reference(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    info = run / "checkpoint/quant.json"
+    tree = json.loads(info.read_text("utf-8"))
+    tree["source"]["model"] = str(tmp_path / "gone")
+    info.write_text(json.dumps(tree), "utf-8")
+    with pytest.raises(SdqError, match=r"gone does not exist") as caught:
+        open_candidates([str(run)])
+    assert "--reference MODEL" in caught.value.hint
+    (found,) = open_candidates([str(run)], reference=str(tiny_sd))
+    assert found.model_folder == str(tiny_sd.resolve())
+    assert find_reference([found]).model_folder == found.model_folder
