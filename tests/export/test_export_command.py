@@ -140,6 +140,6 @@ def test_a_setting_that_is_not_linear_is_named(
 
     model = shutil.copytree(tiny_sd, tmp_path / "model")
     config = model / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "clip_sample": True}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "thresholding": True}))
     message = refused([str(model), "--out", str(tmp_path / "p"), "--num-inference-steps", "5"], capsys)
-    assert "DDIMScheduler with clip_sample=True is not linear" in message
+    assert "DDIMScheduler with thresholding=True is not linear" in message
