@@ -210,12 +210,12 @@ def _untrained_images(
     """W4A8 without training by every initialization we know, on the same sites; the best one stays in the table."""
     import torch
 
-    from sdq_deploy.training.ptq import METHODS, quantize_without_training
+    from sdq_deploy.demo.untrained import ALGORITHMS, quantize_without_training
     from sdq_export.reference import build_reference
 
     found: dict[str, Images] = {}
-    for method, title in METHODS.items():
-        info, tensors = quantize_without_training(demo.settings.out / "run", method)
+    for algorithm, title in ALGORITHMS.items():
+        info, tensors = quantize_without_training(demo.settings.out / "run", algorithm)
         student = build_reference(
             source.for_spec(info.spec).own(source.family.denoiser), info.spec, tensors, torch.from_numpy(plan.timesteps)
         )

@@ -16,6 +16,8 @@ from torch import Tensor
 from sdq_deploy.lora import Lora
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.folder import RunFolder
+from sdq_deploy.training.methods.base import TrainingMethod
+from sdq_deploy.training.methods.registry import method_named
 from sdq_deploy.training.prompts import PromptSplit, split_prompts
 from sdq_deploy.training.teacher import make_teacher
 from sdq_export.checkpoint import SamplerSettings, SourceRef
@@ -124,24 +126,19 @@ class TrainingContext:
             wanted.precision,
             keep=wanted.keep,
             bits=wanted.bits,
-            groups=self._groups or None,
+            groups=self.method.groups(self.recipe) or None,
             block_size=wanted.block_size,
         )
 
     @property
-    def smoothing(self) -> tuple[float, ...]:
-        """Strengths to try, in our own method and where it starts from; the published peers bring their own."""
-        recipe = self.recipe
-        ours = recipe.method == "s2p" or (recipe.method == "ptq" and recipe.ptq.algorithm == "search")
-        return recipe.calibrate.smoothing if ours else ()
+    def method(self) -> TrainingMethod:
+        """The recipe's method."""
+        return method_named(self.recipe.method)
 
     @property
-    def _groups(self) -> int:
-        """Scale groups of the activations, 0 for one a step: the published peers know one scale for all steps."""
-        recipe = self.recipe
-        if recipe.method == "ptq" and recipe.ptq.algorithm != "search":
-            return 1
-        return recipe.reconstruction.groups if recipe.method == "ptq-reconstruction" else recipe.quantization.groups
+    def smoothing(self) -> tuple[float, ...]:
+        """Strengths to try."""
+        return self.recipe.calibrate.smoothing if self.method.smooths(self.recipe) else ()
 
     @cached_property
     def sampler_settings(self) -> SamplerSettings:

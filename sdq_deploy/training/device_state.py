@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from sdq_deploy.recipes.schema import Fit, Recipe
-from sdq_deploy.training.counting import buffer_bytes, count, layer_weight
+from sdq_deploy.training.counting import buffer_bytes, count
 from sdq_deploy.training.memory import state_bytes
-from sdq_deploy.training.methods.efficientdm import shared_fit
+from sdq_deploy.training.methods.registry import method_named
 from sdq_deploy.training.optimizer import moment_bytes
 from sdq_deploy.training.teacher import half_precision, teacher_is_asked
 from sdq_export.quantspec import QuantSpec
@@ -38,28 +36,17 @@ class DeviceState:
 
 
 def device_state(denoiser: StepDenoiser, spec: QuantSpec, recipe: Recipe) -> DeviceState:
-    """Everything of the student learns in ours, the adapters alone in EfficientDM, nothing in the others."""
+    """What the recipe's method keeps; where it runs no training loop, the student and the teacher."""
+    method = method_named(recipe.method)
     weights, buffers = _FP32 * count(denoiser.model), buffer_bytes(denoiser.model)
-    if recipe.method == "s2p":
-        learning = list(denoiser.model.parameters())
-        teacher = _teacher_bytes(denoiser, recipe.fit, min(recipe.sensitivity.top_k, len(spec.weights)))
-        return _state(learning, recipe.fit, buffers, teacher)
-    if recipe.method == "efficientdm":
-        fit = shared_fit(recipe.fit, recipe.efficientdm)
-        return _state(_adapters(denoiser, spec, recipe), fit, weights + buffers, _teacher_bytes(denoiser, fit, 0))
-    return DeviceState(0, 0, weights + buffers, weights + buffers)
-
-
-def _state(learning: list[nn.Parameter], fit: Fit, student: int, teacher: int) -> DeviceState:
+    fit = method.loop(recipe)
+    if fit is None:
+        return DeviceState(0, 0, weights + buffers, weights + buffers)
+    learning = method.learning(denoiser, spec, recipe)
     moments = sum(moment_bytes(parameter, fit.optimizer_state) for parameter in learning)
+    student = buffers if method.learns_student else weights + buffers
+    teacher = _teacher_bytes(denoiser, fit, method.sensitive_layers(recipe, spec))
     return DeviceState(state_bytes(learning, fit.optimizer_state), moments, student, teacher)
-
-
-def _adapters(denoiser: StepDenoiser, spec: QuantSpec, recipe: Recipe) -> list[nn.Parameter]:
-    weights = [layer_weight(denoiser, site.layer) for site in spec.weights]
-    rank = recipe.efficientdm.rank
-    shapes = [shape for each in weights for shape in ((rank, each[0].numel()), (each.shape[0], rank))]
-    return [nn.Parameter(weights[0].new_empty(shape)) for shape in shapes]
 
 
 def _teacher_bytes(denoiser: StepDenoiser, fit: Fit, layers: int) -> int:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdq_deploy.adapters.file import open_adapter
 from sdq_deploy.adapters.names import layer_names
 from sdq_deploy.models import open_model
-from sdq_deploy.recipes.schema import OptimizerState
+from sdq_deploy.recipes.schema import Fit, OptimizerState
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.counting import count, forward_flops, layer_weight, saved_bytes
 from sdq_deploy.training.device_state import device_state
@@ -157,7 +157,7 @@ def _forecast(settings: TrainingSettings, source: Source) -> Forecast:
         prompts * min(recipe.collect.steps_per_prompt, plan.calls) + recipe.collect.validation_prompts * plan.calls
     )
     quantized = sum(layer_weight(denoiser, site.layer).numel() for site in spec.weights)
-    trains = recipe.method in ("s2p", "efficientdm")
+    loop = context.method.loop(recipe)
     return Forecast(
         model=settings.model,
         method=recipe.method,
@@ -168,11 +168,11 @@ def _forecast(settings: TrainingSettings, source: Source) -> Forecast:
         activation_sites=len(spec.activations),
         scales_per_site=spec.activations[0].num_groups if spec.activations else 0,
         kept=tuple(_kept(denoiser, spec)),
-        sensitive=min(recipe.sensitivity.top_k, len(spec.weights)) if recipe.method == "s2p" else 0,
+        sensitive=context.method.sensitive_layers(recipe, spec),
         latents=latents,
         dataset_bytes=_dataset_bytes(latents, prompts, recipe.collect.validation_prompts, shape, passes, prompt),
         dataset_memory_bytes=_dataset_memory(latents, share, shape, passes, prompt),
-        train_steps=recipe.fit.max_train_steps if trains else 0,
+        train_steps=loop.max_train_steps if loop else 0,
         batch_size=recipe.fit.batch_size,
         trainable_bytes=state.trainable,
         optimizer_bytes=state.moments,
@@ -180,7 +180,7 @@ def _forecast(settings: TrainingSettings, source: Source) -> Forecast:
         frozen_bytes=state.student + state.teacher,
         teacher_bytes=state.teacher,
         activation_bytes=passes * share * kept_bytes,
-        flops_per_step=passes * share * flops * _forwards(settings) if trains else 0,
+        flops_per_step=passes * share * flops * _forwards(loop) if loop else 0,
         collect_flops=passes * flops * plan.calls * (prompts + recipe.collect.validation_prompts),
     )
 
@@ -191,10 +191,9 @@ def _no_progress() -> Any:
     return Progress(disable=True)
 
 
-def _forwards(settings: TrainingSettings) -> int:
+def _forwards(fit: Fit) -> int:
     """Forwards that one sample's iteration costs: forward, backward (two), recomputation, and the teacher for ILD."""
-    fit = settings.recipe.fit
-    teaches = settings.recipe.method == "s2p" and (fit.ild_weight > 0 or fit.pipeline != "serial-to-parallel")
+    teaches = fit.ild_weight > 0 or fit.pipeline != "serial-to-parallel"
     return 3 + int(fit.gradient_checkpointing) + int(teaches)
 
 

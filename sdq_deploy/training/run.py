@@ -16,7 +16,7 @@ from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import INDEX
 from sdq_deploy.training.folder import RunFolder
-from sdq_deploy.training.methods.checks import check_method
+from sdq_deploy.training.methods.registry import method_named
 from sdq_deploy.training.optimizer import check_optimizer
 from sdq_deploy.training.prepare import is_prepared, prepare_model
 from sdq_deploy.training.runner import run_stages
@@ -87,7 +87,7 @@ def run_training(
     quiet_libraries()
     check_optimizer(settings.recipe.fit)
     accelerator = make_accelerator(settings.recipe, cpu=cpu)
-    check_method(settings.recipe, accelerator.num_processes)
+    method_named(settings.recipe.method).check(settings.recipe, accelerator.num_processes)
     with _claimed(settings, resume) if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         progress = new_progress()

@@ -5,22 +5,25 @@ from __future__ import annotations
 from sdq_deploy.recipes.schema import Recipe
 from sdq_engines.errors import SdqError
 
-__all__ = ["check_method"]
+__all__ = ["check_ptq", "one_process"]
 
 
-def check_method(recipe: Recipe, processes: int) -> None:
-    """Refuse a method that does not fit the precision or the processes.
-
-    Raises:
-        SdqError: in one sentence why, and what to do instead.
-    """
-    if recipe.method in ("ptq", "ptq-reconstruction") and processes > 1:
+def one_process(recipe: Recipe, processes: int) -> None:
+    """Raises: SdqError: several were started, and the method works in one."""
+    if processes > 1:
         raise SdqError(
             f"The method {recipe.method} works in one process, and {processes} were started.",
             "Start it without accelerate launch.",
         )
-    if recipe.method != "ptq":
-        return
+
+
+def check_ptq(recipe: Recipe, processes: int) -> None:
+    """Refuse an algorithm that does not fit the precision.
+
+    Raises:
+        SdqError: in one sentence why, and what to do instead; or several processes.
+    """
+    one_process(recipe, processes)
     algorithm, precision = recipe.ptq.algorithm, recipe.quantization.precision
     if algorithm == "svdquant":
         raise SdqError(

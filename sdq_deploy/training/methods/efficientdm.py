@@ -8,19 +8,26 @@ teacher's trajectory is what the serial dataset holds; its temporal step sizes a
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import nn
 
-from sdq_deploy.recipes.schema import EfficientDM, Fit
+from sdq_deploy.recipes.schema import EfficientDM, Fit, Recipe
 from sdq_deploy.sharing import await_files
 from sdq_deploy.training.context import TrainingContext
-from sdq_deploy.training.fit import FitPlan
+from sdq_deploy.training.counting import layer_weight
+from sdq_deploy.training.fit import FitPlan, fit
 from sdq_deploy.training.methods.adapters import attach_adapters
+from sdq_deploy.training.methods.base import Stage, TrainingMethod
 from sdq_deploy.training.prompts import stable_seed
+from sdq_deploy.training.stages import DATA, fit_values
 from sdq_deploy.training.student import Student
+from sdq_export.quantspec import QuantSpec
+from sdq_export.stepping import StepDenoiser
 
-__all__ = ["adapter_groups", "adapter_training", "shared_fit"]
+__all__ = ["METHOD", "adapter_groups", "adapter_training", "shared_fit"]
 
 
 def adapter_training(context: TrainingContext) -> FitPlan:
@@ -82,3 +89,26 @@ def adapter_groups(student: Student, settings: EfficientDM) -> list[dict[str, An
 
 def _group(name: str, params: list[Any], rate: float, decay: float) -> dict[str, Any]:
     return {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay, "name": name}
+
+
+def _inputs(context: TrainingContext) -> Any:
+    recipe = context.recipe
+    shared = fit_values(shared_fit(recipe.fit, recipe.efficientdm))
+    return [recipe.method, shared, recipe.efficientdm.model_dump(mode="json"), context.seed]
+
+
+def _adapters(denoiser: StepDenoiser, spec: QuantSpec, recipe: Recipe) -> list[nn.Parameter]:
+    """Parameters of the adapters' shapes, of one value."""
+    weights = [layer_weight(denoiser, site.layer) for site in spec.weights]
+    rank = recipe.efficientdm.rank
+    shapes = [shape for each in weights for shape in ((rank, each[0].numel()), (each.shape[0], rank))]
+    return [nn.Parameter(weights[0].new_empty(shape)) for shape in shapes]
+
+
+METHOD = TrainingMethod(
+    name="efficientdm",
+    fit=Stage("fit", partial(fit, make_plan=adapter_training), _inputs, DATA, everywhere=True),
+    groups=lambda recipe: recipe.quantization.groups,
+    loop=lambda recipe: shared_fit(recipe.fit, recipe.efficientdm),
+    learning=_adapters,
+)

@@ -15,21 +15,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdq_deploy.recipes.schema import PtqAlgorithm
+from sdq_deploy.recipes.schema import PtqAlgorithm, Recipe
 from sdq_deploy.training.calibrate import activation_scales, largest_activations, weight_scales
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import SerialData, load_split
 from sdq_deploy.training.methods.activation_statistics import ChannelStatistics, channel_statistics
 from sdq_deploy.training.methods.awq import awq_factors, clipped_scale
+from sdq_deploy.training.methods.base import Stage, TrainingMethod
+from sdq_deploy.training.methods.checks import check_ptq
 from sdq_deploy.training.methods.modelopt_scales import modelopt_scales, percentile_scales
 from sdq_deploy.training.methods.smoothing import find_fold_points, fold_factors, smoothquant_factors
 from sdq_deploy.training.result import write_result
+from sdq_deploy.training.stages import DATA
 from sdq_deploy.training.student import Student
 from sdq_deploy.training.trajectory import trajectory_snr
 from sdq_export.checkpoint import weight_scale_key
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["Candidate", "ptq"]
+__all__ = ["METHOD", "Candidate", "candidates", "ptq"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def ptq(context: TrainingContext, _: str = "") -> dict[str, Any]:
     algorithm = context.recipe.ptq.algorithm
     tried: list[dict[str, float]] = []
     with context.bar("fit", _count(context)) as advance:
-        for candidate in _ALGORITHMS[algorithm](context, data):
+        for candidate in candidates(context, data):
             student = Student(candidate.denoiser, context.timesteps, context.spec, candidate.scales)
             student.denoiser.to(context.device)
             snr = trajectory_snr(context, student.denoiser, held_out)
@@ -67,6 +70,11 @@ def ptq(context: TrainingContext, _: str = "") -> dict[str, Any]:
             tried.append({**candidate.settings, "trajectory_snr_db": snr})
             advance()
     return {"algorithm": algorithm, "candidates": tried}
+
+
+def candidates(context: TrainingContext, data: SerialData) -> Iterator[Candidate]:
+    """What the recipe's algorithm tries, on the training's part of the serial dataset."""
+    return _ALGORITHMS[context.recipe.ptq.algorithm](context, data)
 
 
 def _count(context: TrainingContext) -> int:
@@ -154,3 +162,21 @@ _ALGORITHMS: dict[PtqAlgorithm, Callable[[TrainingContext, SerialData], Iterator
     "smoothquant": _smoothquant,
     "awq": _awq,
 }
+
+
+def _inputs(context: TrainingContext) -> Any:
+    return [context.recipe.method, context.recipe.ptq.model_dump(mode="json")]
+
+
+def _is_ours(recipe: Recipe) -> bool:
+    """Where our own training starts from; the published peers know one scale for all steps, and other smoothing."""
+    return recipe.ptq.algorithm == "search"
+
+
+METHOD = TrainingMethod(
+    name="ptq",
+    fit=Stage("fit", ptq, _inputs, DATA),
+    groups=lambda recipe: recipe.quantization.groups if _is_ours(recipe) else 1,
+    smooths=_is_ours,
+    check=check_ptq,
+)

@@ -20,6 +20,7 @@ from sdq_deploy.training.dataset import load_split
 from sdq_deploy.training.fit import learning_rate_factor
 from sdq_deploy.training.log import TrainingLog, read_log
 from sdq_deploy.training.memory import peak_bytes, reset_peak
+from sdq_deploy.training.methods.base import Stage, TrainingMethod
 from sdq_deploy.training.methods.blocks import (
     Block,
     BlockInputs,
@@ -29,6 +30,7 @@ from sdq_deploy.training.methods.blocks import (
     pick_samples,
     run_block,
 )
+from sdq_deploy.training.methods.checks import one_process
 from sdq_deploy.training.methods.rounding import (
     begin_rounding,
     finish_rounding,
@@ -39,10 +41,11 @@ from sdq_deploy.training.prompts import stable_seed
 from sdq_deploy.training.result import write_result
 from sdq_deploy.training.resume import drop_resume, read_resume, write_resume
 from sdq_deploy.training.sensitivity import spread_rows
+from sdq_deploy.training.stages import DATA
 from sdq_deploy.training.student import Student
 from sdq_deploy.training.trajectory import trajectory_snr
 
-__all__ = ["BlockFit", "Reconstructing", "block_error", "reconstruct"]
+__all__ = ["METHOD", "BlockFit", "Reconstructing", "block_error", "reconstruct"]
 
 #: Iterations between two records of the log.
 LOG_EVERY = 50
@@ -228,3 +231,16 @@ class Reconstructing:
             self.student.weight(layer).copy_(weight)
         for name, scale in saved["scales"].items():
             self.student.activation_quantizers[name].log_scale.copy_(scale)
+
+
+def _inputs(context: TrainingContext) -> Any:
+    settings = context.recipe.reconstruction.model_dump(mode="json", exclude={"checkpoint_every"})
+    return [context.recipe.method, settings, context.seed]
+
+
+METHOD = TrainingMethod(
+    name="ptq-reconstruction",
+    fit=Stage("fit", reconstruct, _inputs, DATA),
+    groups=lambda recipe: recipe.reconstruction.groups,
+    check=one_process,
+)

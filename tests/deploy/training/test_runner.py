@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from sdq_deploy.demo.untrained import ALGORITHMS, quantize_without_training
 from sdq_deploy.recipes import load_recipe
+from sdq_deploy.recipes.schema import PtqAlgorithm
 from sdq_deploy.training.folder import RunFolder
-from sdq_deploy.training.ptq import METHODS, quantize_without_training
 from sdq_deploy.training.resolve import resolve_settings
 from sdq_deploy.training.run import recorded_settings, run_training
 from sdq_engines.errors import SdqError
@@ -119,11 +120,11 @@ def test_an_interrupt_names_the_command_that_continues(
     assert load_checkpoint(out).spec.precision == "w4a8"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_untrained_checkpoints_have_the_same_sites(tiny_sd: Path, finished_run: Path, method: str) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_untrained_checkpoints_have_the_same_sites(tiny_sd: Path, finished_run: Path, algorithm: PtqAlgorithm) -> None:
     source = load_source(tiny_sd)
     (untrained, tensors), trained = (
-        quantize_without_training(finished_run, method, source),
+        quantize_without_training(finished_run, algorithm, source),
         load_checkpoint(finished_run),
     )
     assert untrained.spec.weights == trained.spec.weights

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sdq_deploy.recipes import load_recipe
 from sdq_deploy.training.dataset import load_split
-from sdq_deploy.training.methods.checks import check_method
 from sdq_deploy.training.methods.modelopt_scales import modelopt_scales, percentile_scales
+from sdq_deploy.training.methods.registry import method_named
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import scale_key, weight_scale_key
 from sdq_export.sites import find_sites
@@ -107,8 +107,9 @@ def test_mse_weights_err_less_than_max(inputs: dict[str, Any]) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_sentence(overrides: dict[str, Any], processes: int, words: str) -> None:
+    recipe = load_recipe("shapes-64", overrides)
     with pytest.raises(SdqError, match=words):
-        check_method(load_recipe("shapes-64", overrides), processes)
+        method_named(recipe.method).check(recipe, processes)
 
 
 def test_switching_the_method_back_makes_the_result_again(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:
