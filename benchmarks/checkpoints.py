@@ -2,16 +2,15 @@
 
     python benchmarks/checkpoints.py FOLDER --family sd14 --width 0.5 --latent-size 32 --thin
 
-The architectures are the published configurations (`published/*.json`), the layout is diffusers' own, so they are
-loaded by the code that loads real ones. Speed, size and memory do not depend on what the weights are; images do, and
-are noise. Tokenizers know bytes and a few words, under CLIP's and T5's rules and special tokens.
+The architectures are the published configurations (`sdq_export/published/*.json`), the layout is diffusers' own, so
+they are loaded by the code that loads real ones. Speed, size and memory do not depend on what the weights are; images
+do, and are noise. Tokenizers know bytes and a few words, under CLIP's and T5's rules and special tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,18 +22,14 @@ from accelerate import init_empty_weights
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 
+from sdq_export.published import published
+
 FAMILIES = ("sd14", "sd21", "sdxl", "sd3")
 DENOISERS = {"sd14": "unet", "sd21": "unet", "sdxl": "unet", "sd3": "transformer"}
 T5 = ("text_encoder_3", "tokenizer_3")
 
 Changes = Mapping[str, Mapping[str, Any]]
 """Component -> keys of its configuration that differ from the published one."""
-
-
-def published(family: str) -> dict[str, Any]:
-    """A family's published configuration: "pipeline" (diffusers' class), "settings", "components"."""
-    tree: dict[str, Any] = json.loads((Path(__file__).parent / "published" / f"{family}.json").read_text("utf-8"))
-    return tree
 
 
 def write_checkpoint(

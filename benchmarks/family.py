@@ -134,6 +134,7 @@ def manifest(
         ),
         text=[],
         sampler=sampler_info(plan, GUIDANCE),
+        defaults=source.family.call_defaults,
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in (PROLOGUE, DENOISER)},
         tools=tool_versions(),

@@ -1,28 +1,40 @@
-"""LoRA adapters, fused into a copy of the model before anything else happens to it."""
+"""Adapters (LoRA, DoRA, LyCORIS), fused into a copy of the model before anything else happens to it."""
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sdq_engines.errors import SdqError
-from sdq_engines.files import atomic_write_json, atomic_write_text, sha256_file
+from sdq_engines.files import sha256_file
 
 __all__ = ["Lora", "fuse_loras", "parse_lora"]
-
-#: Written last, so that a copy that has it is whole.
-_RECORD = "fused.json"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter file (.safetensors, as diffusers reads it) and the strength that it is fused with."""
+    """An adapter's .safetensors file and the strength that it is fused with."""
 
     path: Path
     weight: float = 1.0
+    recorded: str | None = None
+    """The file's SHA-256 when it was fused, where it need not be there any more."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the file, in hexadecimal; the recorded one of a file that is gone.
+
+        Raises:
+            SdqError: the file is gone and was never read.
+        """
+        if self.path.is_file():
+            return sha256_file(self.path)
+        if self.recorded is None:
+            raise SdqError(f"The adapter {self.path} does not exist.", "Give a .safetensors file, or FILE=WEIGHT.")
+        return self.recorded
 
 
 def parse_lora(text: str) -> Lora:
@@ -31,11 +43,13 @@ def parse_lora(text: str) -> Lora:
     Raises:
         SdqError: the weight is no number, or the file is missing or no safetensors.
     """
-    name, _, number = text.rpartition("=") if "=" in text else (text, "", "1")
+    name, _, number = text.rpartition("=") if "=" in text and not Path(text).is_file() else (text, "", "1")
     try:
-        lora = Lora(Path(name).expanduser(), float(number))
+        lora = Lora(Path(name).expanduser().absolute(), float(number))
     except ValueError as error:
         raise SdqError(f"The weight {number!r} of the adapter {name} is no number.", "Write FILE=0.8.") from error
+    if lora.weight != lora.weight or abs(lora.weight) == float("inf"):
+        raise SdqError(f"The weight {number!r} of the adapter {name} is no number.", "Write FILE=0.8.")
     if not lora.path.is_file():
         raise SdqError(f"The adapter {lora.path} does not exist.", "Give a .safetensors file, or FILE=WEIGHT.")
     if lora.path.suffix != ".safetensors":
@@ -43,80 +57,72 @@ def parse_lora(text: str) -> Lora:
     return lora
 
 
-def fuse_loras(model: str | Path, revision: str | None, loras: Sequence[Lora], folder: Path) -> Path:
-    """Write a copy of the model whose weights have the adapters in them, by diffusers' own loader.
+def fuse_loras(source: Any, loras: Sequence[Lora], folder: Path) -> None:
+    """Write a copy of a model whose weights have the adapters in them, by their own formulas (`sdq_deploy.adapters`).
 
-    An existing copy of the same model and adapters is kept. Weights are stored as the model stores them.
+    A part that no adapter changes is copied file by file. The others are held one at a time, in FP32, and stored as the
+    model stores them.
 
     Args:
-        model: a diffusers folder or a hub id.
-        revision: of a hub model.
+        source: the loaded model (`sdq_export.source.Source`).
         loras: in the order in which they are fused.
-        folder: becomes a diffusers folder.
+        folder: does not exist yet; becomes a diffusers folder.
 
     Raises:
-        SdqError: peft is missing, the model cannot be loaded, or an adapter does not fit it.
+        SdqError: an adapter does not fit the model, or has tensors that cannot be used.
     """
-    from sdq_export.source import load_source
+    from sdq_deploy.adapters.file import open_adapter
+    from sdq_deploy.adapters.names import layer_names
+    from sdq_export.source_files import checkpoint_files, stored_dtype, stored_variant
 
-    source = load_source(model, revision)
-    record = {
-        "model": source.sha256,
-        "loras": [{"sha256": sha256_file(lora.path), "weight": lora.weight} for lora in loras],
-    }
-    if _recorded(folder) == record:
-        return folder
-    (folder / _RECORD).unlink(missing_ok=True)
-    pipeline = source.pipeline(source.scheduler)
-    for lora in loras:
-        _fuse(pipeline, lora)
-    pipeline.to(dtype=_stored_dtype(source))
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    _carry_papers(source.folder, folder, source.model, loras)
-    atomic_write_json(folder / _RECORD, record)
-    return folder
-
-
-def _recorded(folder: Path) -> Any:
-    try:
-        return json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    names = layer_names(source)
+    adapters = [open_adapter(lora.path, names) for lora in loras]
+    changed = {part for adapter in adapters for part in adapter.parts()}
+    for name in checkpoint_files(source):
+        if name.partition("/")[0] not in changed or ".safetensors" not in name:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.folder / name, target)
+    for part in sorted(changed):
+        model, dtype = source.own(part), stored_dtype(source, part)
+        for lora, adapter in zip(loras, adapters, strict=True):
+            _fuse(model, part, lora, adapter, dtype)
+        model.to(dtype).save_pretrained(folder / part, safe_serialization=True, variant=stored_variant(source, part))
+        source.release(part)
 
 
-def _fuse(pipeline: Any, lora: Lora) -> None:
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise SdqError("Fusing a LoRA needs peft.", "pip install 'sdq-deploy[lora]'") from error
-    try:
-        pipeline.load_lora_weights(str(lora.path.parent), weight_name=lora.path.name, local_files_only=True)
-        if not pipeline.get_active_adapters():
-            raise ValueError("none of its tensors belongs to a layer of the model")
-        pipeline.fuse_lora(lora_scale=lora.weight)
-        pipeline.unload_lora_weights()
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SdqError(f"The adapter {lora.path} does not fit the model: {reason}") from error
-
-
-def _stored_dtype(source: Any) -> Any:
-    """The dtype of the denoiser's weights on disk."""
+def _fuse(model: Any, part: str, lora: Lora, adapter: Any, dtype: Any) -> None:
+    """Put one adapter into one part's weights, in place; they will be stored in `dtype`."""
     import torch
-    from safetensors import safe_open
 
-    file = next(iter(sorted((source.folder / source.family.denoiser).glob("*.safetensors"))))
-    with safe_open(file, "pt") as opened:
-        dtype = opened.get_slice(next(iter(opened.keys()))).get_dtype()
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(dtype, torch.float32)
+    from sdq_deploy.adapters.formulas import new_weight
+
+    with torch.no_grad():
+        for change, tensors, scale in adapter.tensors(part):
+            modules = [model.get_submodule(path) for path in change.layer.paths]
+            rows = [len(module.weight) for module in modules]
+            weight = torch.cat([module.weight.float() for module in modules])
+            try:
+                new = new_weight(_exchanged(weight, change), tensors, scale, lora.weight)
+                new = _exchanged(new, change)
+                if not bool(torch.isfinite(new.to(dtype)).all()):
+                    raise ValueError("makes weights that are not finite")
+                if "bias_diff" in tensors:
+                    _add_to_bias(modules, rows, lora.weight * _exchanged(tensors["bias_diff"], change))
+            except (ValueError, RuntimeError) as error:
+                raise SdqError(f"The adapter {lora.path} does not fit the model: {change.name} {error}.") from error
+            for module, piece in zip(modules, new.split(rows), strict=True):
+                module.weight.copy_(piece)
 
 
-def _carry_papers(source: Path, folder: Path, model: str, loras: Sequence[Lora]) -> None:
-    """Licence and model card go along, and a notice says what was changed."""
-    for name in (*(path.name for path in source.glob("LICENSE*")), "README.md"):
-        if (source / name).is_file():
-            (folder / name).write_bytes((source / name).read_bytes())
-    own = source / "NOTICE"
-    carried = own.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if own.is_file() else ""
-    names = ", ".join(f"{lora.path.name} ({lora.weight:g})" for lora in loras)
-    atomic_write_text(folder / "NOTICE", f"{carried}{model} with LoRA adapters fused into its weights: {names}.\n")
+def _exchanged(weight: Any, change: Any) -> Any:
+    import torch
+
+    return torch.cat(weight.chunk(2)[::-1]) if change.layer.exchanged else weight
+
+
+def _add_to_bias(modules: Sequence[Any], rows: Sequence[int], delta: Any) -> None:
+    if any(module.bias is None for module in modules) or len(delta) != sum(rows):
+        raise ValueError(f"is a change of {len(delta)} biases, which the layer does not have")
+    for module, piece in zip(modules, delta.split(rows), strict=True):
+        module.bias.copy_(module.bias.float() + piece)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdq_engines.errors import SdqError
-from sdq_engines.locks import JOB, LOCK_FILES, sole_writer
+from sdq_engines.locks import JOB, LOCK_FILES, busy, is_held, sole_writer
 
 __all__ = [
     "FolderKind",
@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 FolderKind = Literal["run", "package", "demo", "evaluation"]
+
+_PROBE = ".writable."
 
 #: The file that makes a folder ours, and the value of its "kind" field.
 MARKERS: dict[FolderKind, tuple[str, str]] = {
@@ -122,6 +124,8 @@ def claim_output(folder: str | Path, kind: FolderKind) -> Path:
 def claimed_folder(folder: str | Path, kind: FolderKind, doing: str) -> Iterator[Path]:
     """`claim_output` for a block in which no other command may write to the folder.
 
+    A folder that was not there before is not there after a block that left it empty.
+
     Args:
         folder: what to write to.
         kind: whose it is to be.
@@ -130,13 +134,24 @@ def claimed_folder(folder: str | Path, kind: FolderKind, doing: str) -> Iterator
     Raises:
         SdqError: as `claim_output`; or another command is writing to it.
     """
-    path = claim_output(folder, kind)
-    with sole_writer(path, JOB, doing):
-        yield claim_output(path, kind)  # once more: another may have just left it
+    existed = Path(folder).exists()
+    try:
+        path = claim_output(folder, kind)
+    except SdqError as error:
+        if is_held(Path(folder), JOB):  # its command has not yet said whose the folder is to be
+            raise busy(Path(folder), JOB) from error
+        raise
+    try:
+        with sole_writer(path, JOB, doing):
+            yield claim_output(path, kind)  # once more: another may have just left it
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):  # not empty: something was written
+                path.rmdir()
 
 
 def _is_empty(folder: Path) -> bool:
-    return all(path.name in LOCK_FILES for path in folder.iterdir())
+    return all(path.name in LOCK_FILES or path.name.startswith(_PROBE) for path in folder.iterdir())
 
 
 def make_writable(folder: Path) -> None:
@@ -147,7 +162,7 @@ def make_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{uuid.uuid4().hex[:8]}.tmp"
+        probe = folder / f"{_PROBE}{uuid.uuid4().hex[:8]}.tmp"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:

@@ -26,7 +26,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from sdq_engines.errors import SdqError
 
-__all__ = ["JOB", "LOCK_FILES", "MANIFEST_LOCK", "holder", "is_held", "sole_writer"]
+__all__ = ["JOB", "LOCK_FILES", "MANIFEST_LOCK", "busy", "holder", "is_held", "sole_writer"]
 
 JOB = ".sdq-job.lock"
 MANIFEST_LOCK = ".sdq-manifest.lock"
@@ -60,11 +60,7 @@ def sole_writer(folder: Path, name: str, doing: str) -> Iterator[None]:
     try:
         _acquire(lock, folder, name)
     except Timeout as error:
-        who = holder(folder, name) or "which does not say what it does"
-        raise SdqError(
-            f"{folder} is being written by another process ({who}).",
-            "Wait until it has ended, or give another folder.",
-        ) from error
+        raise busy(folder, name) from error
     except OSError as error:
         raise SdqError(f"The folder {folder} cannot be written: {error.strerror or error}.") from error
     try:
@@ -88,6 +84,14 @@ def _acquire(lock: BaseFileLock, folder: Path, name: str) -> None:
     if _WAITS[name] > _QUIET_WAIT:
         _logger.warning("Waiting for another process to finish writing %s: %s.", folder, holder(folder, name) or "…")
     lock.acquire(timeout=max(0.0, _WAITS[name] - _QUIET_WAIT))
+
+
+def busy(folder: Path, name: str) -> SdqError:
+    """What to raise where another holds the lock."""
+    who = holder(folder, name) or "which does not say what it does"
+    return SdqError(
+        f"{folder} is being written by another process ({who}).", "Wait until it has ended, or give another folder."
+    )
 
 
 def is_held(folder: Path, name: str) -> bool:

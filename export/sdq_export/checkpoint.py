@@ -1,12 +1,13 @@
-"""The quantized checkpoint: what training leaves behind and export reads. A folder with two files.
+"""The quantized checkpoint: what training leaves behind and export reads. A folder of these files.
 
 denoiser.safetensors   integer weights (int8, also for 4 bits), FP32 scales, and every parameter that is not quantized
+embeddings.safetensors the textual inversions that prompts of the training could name, where there were any
 quant.json             the QuantSpec, the sampler it was trained for, and the source checkpoint it belongs to
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write, atomic_write_text
+from sdq_export.embeddings import Embedding, packed, unpacked
 from sdq_export.quantspec import QuantSpec, WeightSite, grid_limits
+from sdq_export.text_settings import TextSettings
 
 __all__ = [
     "CHECKPOINT_FOLDER",
@@ -29,6 +32,7 @@ __all__ = [
     "SourceRef",
     "dequantize_weight",
     "load_checkpoint",
+    "load_embeddings",
     "quantize_weight",
     "save_checkpoint",
     "scale_key",
@@ -38,7 +42,7 @@ __all__ = [
 
 #: Where a run keeps its quantized checkpoint.
 CHECKPOINT_FOLDER = "checkpoint"
-_TENSORS, _SPEC = "denoiser.safetensors", "quant.json"
+_TENSORS, _EMBEDDINGS, _SPEC = "denoiser.safetensors", "embeddings.safetensors", "quant.json"
 
 
 class _Strict(BaseModel):
@@ -46,11 +50,14 @@ class _Strict(BaseModel):
 
 
 class SourceRef(_Strict):
-    """The checkpoint that was quantized: a local path or hub id, and the hash of its denoiser's weights."""
+    """The checkpoint that was quantized: where it was, a local path or hub id, and the hashes by which it is known."""
 
     model: str
     revision: str | None = None
     sha256: str
+    """Over all parts."""
+    parts: dict[str, str] = Field(default_factory=dict)
+    """Part -> its hash (`Source.hashes`)."""
 
 
 class SamplerSettings(_Strict):
@@ -69,6 +76,8 @@ class CheckpointInfo(_Strict):
     spec: QuantSpec
     sampler: SamplerSettings
     source: SourceRef
+    text: TextSettings = TextSettings()
+    """How prompts were read in training."""
     notes: dict[str, Any] = Field(default_factory=dict)
     """What training measured: recipe, trajectory error at the start and at the best state, times."""
 
@@ -119,7 +128,9 @@ def _spread(scale: Tensor, weight: Tensor, site: WeightSite) -> Tensor:
     return scale.float().reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def save_checkpoint(folder: str | Path, info: CheckpointInfo, tensors: Mapping[str, Tensor]) -> None:
+def save_checkpoint(
+    folder: str | Path, info: CheckpointInfo, tensors: Mapping[str, Tensor], embeddings: Sequence[Embedding] = ()
+) -> None:
     """Write a checkpoint; quant.json comes last, so that a folder that has it is whole.
 
     Raises:
@@ -130,6 +141,11 @@ def save_checkpoint(folder: str | Path, info: CheckpointInfo, tensors: Mapping[s
     (path / _SPEC).unlink(missing_ok=True)
     with atomic_write(path / _TENSORS) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    (path / _EMBEDDINGS).unlink(missing_ok=True)
+    if embeddings:
+        kept, notes = packed(embeddings)
+        with atomic_write(path / _EMBEDDINGS) as temporary:
+            save_file(kept, temporary, metadata=notes)
     atomic_write_text(path / _SPEC, info.model_dump_json(indent=1))
 
 
@@ -139,9 +155,7 @@ def load_checkpoint(folder: str | Path) -> QuantizedCheckpoint:
     Raises:
         SdqError: there is none, or it is damaged.
     """
-    path = Path(folder)
-    if (path / CHECKPOINT_FOLDER / _SPEC).is_file():
-        path = path / CHECKPOINT_FOLDER
+    path = _inner(folder)
     if not (path / _SPEC).is_file():
         raise SdqError(
             f"{folder} holds no finished quantized checkpoint.", "Finish it with: sdq-deploy train … --resume"
@@ -153,6 +167,21 @@ def load_checkpoint(folder: str | Path) -> QuantizedCheckpoint:
     except (OSError, ValidationError, SafetensorError, ValueError) as error:
         raise SdqError(f"The quantized checkpoint in {path} is damaged: {error}", "Train it again.") from error
     return QuantizedCheckpoint(info=info, tensors=tensors)
+
+
+def load_embeddings(folder: str | Path) -> list[Embedding]:
+    """The textual inversions of a quantized checkpoint, or of the one in a run folder.
+
+    Raises:
+        SdqError: their file is damaged.
+    """
+    path = _inner(folder) / _EMBEDDINGS
+    return unpacked(path) if path.is_file() else []
+
+
+def _inner(folder: str | Path) -> Path:
+    path = Path(folder)
+    return path / CHECKPOINT_FOLDER if (path / CHECKPOINT_FOLDER / _SPEC).is_file() else path
 
 
 def _check_tensors(spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:

@@ -123,13 +123,13 @@ def make_text_encoder(
     source: Source, encoder: TextEncoder, dtype: Dtype, integers: IntegerDtype | None = None
 ) -> tuple[ir.Model, nn.Module]:
     """A text encoder's graph, and the torch module that it equals."""
-    module = encoder.wrap(_stored(source, encoder.component, dtype, integers))
+    module = encoder.module(source, _stored(source, encoder.component, dtype, integers))
     example = torch.zeros(2, encoder.length(source), dtype=torch.int64)
     captured = _capture_part(
         source,
         encoder.component,
-        (encoder.wrap, encoder.outputs, example.shape, dtype, integers),
-        lambda: capture(module, {"input_ids": example}, batched=["input_ids"], outputs=encoder.outputs),
+        (encoder.wrap, encoder.output_names(source), example.shape, dtype, integers, source.told),
+        lambda: capture(module, {"input_ids": example}, batched=["input_ids"], outputs=encoder.output_names(source)),
     )
     return _finished(captured, dtype, integers), module
 
@@ -164,8 +164,9 @@ def make_vae_encoder(
 
 
 def _tokens(source: Source) -> int:
-    """L of the first text encoder."""
-    return source.family.text_encoders[0].length(source)
+    """Tokens of a prompt for the first text encoder, all chunks."""
+    encoder = source.family.text_encoders[0]
+    return encoder.chunks(source) * encoder.length(source)
 
 
 def _architecture(source: Source) -> tuple[Hashable, ...]:
@@ -186,8 +187,7 @@ def _capture_part(source: Source, part: str, key: tuple[Hashable, ...], make: Ca
     """
     if source.weights_bytes(part) > KEPT_BYTES:
         return make()
-    config = (source.folder / part / "config.json").read_bytes()
-    return capture_once((source.weights_sha256(part), config, *key), make)
+    return capture_once((source.hashes[part], *key), make)
 
 
 def _stored(source: Source, part: str, dtype: Dtype, integers: IntegerDtype | None) -> nn.Module:

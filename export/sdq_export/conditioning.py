@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdq_engines.package.schema import SIZE_INPUT
+from sdq_engines.package.schema import SIZE_INPUT, TEXT_OUTPUT
 
 __all__ = ["POOLED_INPUT", "SIZE_INPUT", "TEXT_INPUT", "Conditioning"]
 
 #: Names of conditioning tensors, which are the prologue's inputs too (docs/package-format.md).
-TEXT_INPUT, POOLED_INPUT = "text_embeddings", "pooled_embeddings"
+TEXT_INPUT, POOLED_INPUT = TEXT_OUTPUT, "pooled_embeddings"
 
 
 @dataclass(frozen=True)

@@ -35,21 +35,14 @@ _STAGING, _NEW = ".staging-", "new"
 @contextlib.contextmanager
 def claimed_output(out: str | Path) -> Iterator[Path]:
     """The output folder, checked at the start; if the export fails, it is again what it was."""
-    existed = Path(out).exists()
-    try:
-        with claimed_folder(out, "package", "export") as folder:
-            was_package = folder_kind(folder) == "package"
-            try:
-                yield folder
-            except BaseException:
-                if not was_package:
-                    (folder / MANIFEST).unlink(missing_ok=True)
-                raise
-    except BaseException:
-        if not existed:
-            with contextlib.suppress(OSError):  # not empty: another's by now
-                Path(out).rmdir()
-        raise
+    with claimed_folder(out, "package", "export") as folder:
+        was_package = folder_kind(folder) == "package"
+        try:
+            yield folder
+        except BaseException:
+            if not was_package:
+                (folder / MANIFEST).unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager

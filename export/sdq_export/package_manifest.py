@@ -49,6 +49,7 @@ def make_manifest(
         ),
         text=[text_info(source, encoder) for encoder in family.text_encoders],
         sampler=sampler_info(plan, guidance_scale),
+        defaults=family.call_defaults,
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in components},
         full_precision=[name for name in family.full_precision(source) if name in components],

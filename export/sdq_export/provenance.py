@@ -23,7 +23,7 @@ def source_info(source: Source, checkpoint: QuantizedCheckpoint | None) -> Sourc
         revision=source.revision,
         sha256=source.sha256,
         license=_license_name(source),
-        changes=" ".join(filter(None, [_changes(checkpoint), what_is_missing(source)])),
+        changes=" ".join(filter(None, [_changes(checkpoint), _told(source), what_is_missing(source)])),
     )
 
 
@@ -60,6 +60,14 @@ def _changes(checkpoint: QuantizedCheckpoint | None) -> str:
     if checkpoint is None:
         return f"The model was {exported}; no weight was trained or quantized."
     return f"The denoiser was quantized to {checkpoint.spec.precision} by quantization-aware training and {exported}."
+
+
+def _told(source: Source) -> str | None:
+    """A sentence for textual inversions; None where there are none."""
+    if not source.embeddings:
+        return None
+    names = ", ".join(f"{each.name} ({each.path.name})" for each in source.embeddings)
+    return f"Textual inversions were added: {names}."
 
 
 def _license_name(source: Source) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib
-import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdq_engines.errors import SdqError
-from sdq_engines.files import sha256_file
+from sdq_export.configs import check_config, read_json
+from sdq_export.embeddings import Embedding, check_embeddings, learn
 from sdq_export.inpainting import remember_whole_mask
+from sdq_export.loading import load_model, load_tokenizer, naming
+from sdq_export.model_index import part_class, repair, scheduler_class
 from sdq_export.quantspec import QuantSpec
 from sdq_export.shortcuts import split_shortcuts
 from sdq_export.skeleton import load_skeleton
+from sdq_export.source_files import identity_of, part_hashes
+from sdq_export.text_settings import TextSettings
 
 if TYPE_CHECKING:
     from sdq_export.families import Family
@@ -39,48 +42,52 @@ class Source:
         revision: the hub's revision, if any.
 
     Raises:
-        SdqError: its pipeline is of no supported family.
-        ValueError: model_index.json is not valid JSON.
+        SdqError: its pipeline is of no supported family, or model_index.json is not valid JSON.
     """
 
     def __init__(self, folder: Path, model: str, revision: str | None) -> None:
         self.folder, self.model, self.revision = folder, model, revision
         self.splits_shortcuts = False
-        self.index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        self.text = TextSettings()
+        self.embeddings: tuple[Embedding, ...] = ()
+        self.index: dict[str, Any] = read_json(folder, "model_index.json", model)
         self.family = _family(folder, model, self.index)
         self._parts: dict[str, Any] = {}
 
     @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Part -> hash over the files of it that are read, model_index.json among them (`source_files`)."""
+        return part_hashes(self)
+
+    @cached_property
     def sha256(self) -> str:
-        """Hash over the denoiser's weight files, in hexadecimal."""
-        return self.weights_sha256(self.family.denoiser)
+        """One hash over all parts, in hexadecimal."""
+        return identity_of(self.hashes)
 
     @property
     def weighted_parts(self) -> list[str]:
         """The parts that have weights: denoiser, VAE, text encoders."""
         return [part for part in self.family.parts if not part.startswith("tokenizer")]
 
-    def weights_sha256(self, part: str) -> str:
-        """Hash over the weight files of a part such as "unet" or "text_encoder", in hexadecimal."""
-        files = self._weight_files(part)
-        if len(files) == 1:
-            return sha256_file(files[0])
-        return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
-
     def weights_bytes(self, part: str) -> int:
         """Bytes of the weight files of a part."""
-        return sum(file.stat().st_size for file in self._weight_files(part))
+        return sum(file.stat().st_size for file in self.weight_files(part))
 
     def part(self, name: str) -> Any:
         """A model or tokenizer of the family's `parts`, loaded once.
 
         Raises:
-            SdqError: its files are damaged.
+            SdqError: its files are damaged, or of another class than the family supports.
         """
         if name not in self._parts:
-            loader = self._kind(name)
-            self._parts[name] = self._model(loader, name) if name in self.weighted_parts else self._plain(loader, name)
+            kind = self.kind(name)
+            if name in self.weighted_parts:
+                self._parts[name] = self._model(kind, name)
+            else:
+                self._parts[name] = load_tokenizer(kind, self.folder, name, self.model)
+            learn(self, name, self._parts[name])
             if name == self.family.denoiser:
+                self._repair(self._parts[name])
                 if self.family.extra_channels(self._parts[name]):
                     remember_whole_mask(self._parts[name], self.vae)
                 if self.splits_shortcuts:
@@ -101,7 +108,10 @@ class Source:
     @cached_property
     def skeleton(self) -> Any:
         """The denoiser's architecture and configuration without its weights, which are not read for it."""
-        model = load_skeleton(self._kind(self.family.denoiser), self.folder / self.family.denoiser)
+        name = self.family.denoiser
+        with naming(f"The {name} of {self.model}"):
+            model = load_skeleton(self.kind(name), self.folder / name)
+        self._repair(model)
         return split_shortcuts(model) if self.splits_shortcuts else model
 
     def release(self, name: str) -> None:
@@ -123,6 +133,27 @@ class Source:
         _ = split.skeleton  # refuses what is no UNet
         return split
 
+    @property
+    def told(self) -> str:
+        """How prompts are read, for what depends on it."""
+        return f"{self.text!r} {[(each.name, each.sha256) for each in self.embeddings]}"
+
+    def with_text(self, text: TextSettings, embeddings: Sequence[Embedding] = ()) -> Source:
+        """This checkpoint with prompts read as `text` says, and `embeddings` in its tokenizers and text encoders.
+
+        Raises:
+            SdqError: an embedding does not fit.
+        """
+        told = copy.copy(self)
+        told.text, told.embeddings = text, (*self.embeddings, *embeddings)
+        told._parts = dict(self._parts)
+        if embeddings:
+            for encoder in self.family.text_encoders:
+                for part in (encoder.component, encoder.tokenizer):
+                    told._parts.pop(part, None)
+            check_embeddings(told)
+        return told
+
     def for_spec(self, spec: QuantSpec | None) -> Source:
         """This checkpoint with the layers that the sites of `spec` name."""
         return self.with_split_shortcuts() if spec is not None and spec.splits_shortcuts else self
@@ -139,11 +170,25 @@ class Source:
 
     @cached_property
     def scheduler(self) -> Any:
-        """The scheduler that the checkpoint names."""
-        import diffusers
+        """The scheduler that the checkpoint names, with its settings as the pipeline's constructor leaves them."""
+        kind = scheduler_class(self.index, self.model)
+        with naming(f"The scheduler of {self.model} (scheduler/scheduler_config.json)"):
+            found = kind.from_pretrained(self.folder / "scheduler", local_files_only=True)
+        return self._repair(self.skeleton, found)
 
-        name = self.index["scheduler"][1]
-        return getattr(diffusers, name).from_pretrained(self.folder / "scheduler", local_files_only=True)
+    def scheduler_named(self, name: str | None) -> Any:
+        """The scheduler of a command's name, with the checkpoint's noise schedule; None is the checkpoint's own.
+
+        Its settings are as the pipeline's constructor leaves them too, as if the checkpoint had come with it.
+
+        Raises:
+            SdqError: there is none of that name.
+        """
+        from sdq_export.sampler import make_scheduler
+
+        if name is None:
+            return self.scheduler
+        return self._repair(self.skeleton, make_scheduler(name, self.scheduler.config))
 
     def pipeline(self, scheduler: Any, kind: str | None = None) -> Any:
         """diffusers' own pipeline of these parts, silent; `kind` is its class, by default the family's."""
@@ -151,7 +196,7 @@ class Source:
 
         made = getattr(diffusers, kind or self.family.pipeline)(
             **{part: self.part(part) for part in self.family.parts},
-            scheduler=scheduler,
+            scheduler=copy.deepcopy(scheduler),  # the constructor may change its settings
             **self.family.pipeline_options(self),
         )
         made.set_progress_bar_config(disable=True)
@@ -162,46 +207,36 @@ class Source:
         """The licence that travels with the package, if the checkpoint brings one."""
         return next(iter(sorted(self.folder.glob("LICENSE*"))), None)
 
-    def _weight_files(self, part: str) -> list[Path]:
+    def weight_files(self, part: str) -> list[Path]:
         """The part's safetensors: the plain ones where there are any, else the fp16 variant's."""
         files = sorted((self.folder / part).glob("*.safetensors"))
         plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
         return plain or [file for file in files if ".fp16" in file.name]
 
-    def _kind(self, name: str) -> Any:
-        """The class that loads a part."""
-        library, _, kind = self.family.parts[name].rpartition(".")
-        return getattr(importlib.import_module(library), kind)
+    def kind(self, name: str) -> Any:
+        """The class that model_index.json names for a part.
 
-    def _plain(self, kind: Any, name: str) -> Any:
-        try:
-            return kind.from_pretrained(self.folder / name, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise SdqError(f"The {name} of {self.model} cannot be loaded: {error}") from error
+        Raises:
+            SdqError: the family does not support it.
+        """
+        return part_class(self.index, self.family, name, self.model)
 
     def _model(self, kind: Any, name: str) -> Any:
-        import torch
+        files = self.weight_files(name)
+        variant = "fp16" if all(".fp16" in file.name for file in files) else None
+        return load_model(kind, self.folder, name, self.model, files, variant)
 
-        variant = "fp16" if all(".fp16" in file.name for file in self._weight_files(name)) else None
-        try:
-            loaded = kind.from_pretrained(
-                self.folder / name,
-                torch_dtype=torch.float32,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise SdqError(f"The {name} of {self.model} cannot be loaded: {error}") from error
-        return loaded.eval().requires_grad_(False)
+    def _repair(self, denoiser: Any, scheduler: Any = None) -> Any:
+        return repair(self.index, self.family, self.family.pipeline_options(self), scheduler, denoiser)
 
 
-def load_source(model: str | Path, revision: str | None = None) -> Source:
+def load_source(model: str | Path, revision: str | None = None, named: str | None = None) -> Source:
     """Find a checkpoint and check that it can be used, before any weight is read.
 
     Args:
         model: a local folder in diffusers' layout, or a hub id such as "CompVis/stable-diffusion-v1-4".
         revision: branch, tag or commit on the hub.
+        named: what the user called it, where `model` was made of that.
 
     Raises:
         SdqError: it does not exist, is no diffusers folder, is another pipeline, or holds pickles only.
@@ -212,14 +247,16 @@ def load_source(model: str | Path, revision: str | None = None) -> Source:
     if not (folder / "model_index.json").is_file():
         raise SdqError(
             f"{model} is not a diffusers folder: it has no model_index.json.",
-            "diffusers makes one of a single file: StableDiffusionPipeline.from_single_file(...).save_pretrained(...).",
+            "Give the folder that has it, or the model as one .safetensors file.",
         )
-    try:
-        source = Source(folder.resolve(), str(model), revision)
-    except ValueError as error:
-        raise SdqError(f"The model_index.json of {model} is not valid JSON: {error}.") from error
-    for part in source.weighted_parts:
-        _check_weights(source, part)
+    source = Source(folder.resolve(), named or str(model), revision)
+    for part in source.family.parts:
+        kind = source.kind(part)
+        if part in source.weighted_parts:
+            _check_weights(source, part)
+            check_config(kind, source.folder, f"{part}/config.json", source.model)
+    scheduler = scheduler_class(source.index, source.model)
+    check_config(scheduler, source.folder, "scheduler/scheduler_config.json", source.model)
     return source
 
 
@@ -227,6 +264,11 @@ def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
     from sdq_export.families import FAMILIES, family_of_checkpoint
 
     family = family_of_checkpoint(folder, index)
+    if index.get("_class_name") is None:
+        raise SdqError(
+            f"The model_index.json of {model} names no pipeline.",
+            'Add its class, for example "_class_name": "StableDiffusionPipeline".',
+        )
     if family is None:
         known = ", ".join(dict.fromkeys(name for each in FAMILIES for name in each.pipelines))
         raise SdqError(
@@ -235,8 +277,17 @@ def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
     return family
 
 
+def _parts_named(source: Source) -> list[str]:
+    """The parts that the index names, of any family of its pipeline: which family it is may depend on what is there."""
+    from sdq_export.families import FAMILIES
+
+    families = [family for family in FAMILIES if source.index["_class_name"] in family.pipelines]
+    parts = dict.fromkeys(part for family in families for part in family.parts)
+    return [part for part in parts if source.index.get(part) not in (None, [None, None])]
+
+
 def _check_weights(source: Source, part: str) -> None:
-    if source._weight_files(part):
+    if source.weight_files(part):
         return
     pickles = [file.name for file in (source.folder / part).glob("*") if file.suffix in _PICKLES]
     if pickles:
@@ -264,7 +315,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
         if not (folder / "model_index.json").is_file():
             return folder
         # a hub repository may also hold the whole model as one file, and parts of other pipelines
-        parts = Source(folder, model, revision).family.parts
+        parts = _parts_named(Source(folder, model, revision))
         return fetch([*_ABOUT, *(f"{part}/{pattern}" for part in parts for pattern in _PART)])
     except SdqError:
         raise

@@ -23,6 +23,7 @@ from sdq_export.parity.budget import choose_gate
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.source import Source
+from sdq_export.source_files import require_same_model
 from sdq_export.stages import ExportJob, OnStage
 from sdq_export.storage import Dtype, IntegerDtype, Storage
 
@@ -152,11 +153,14 @@ def _check_encoder(source: Source, vae_encoder: bool) -> None:
 def _check_match(source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint | None) -> None:
     if checkpoint is None:
         return
-    if checkpoint.info.source.sha256 != source.sha256:
-        raise SdqError(
-            f"The quantized checkpoint was trained from another {source.model}: its denoiser's hash is not the same.",
-            "Export it beside the checkpoint that it was trained from, or train it again.",
-        )
+    trained = checkpoint.info.source
+    require_same_model(
+        source,
+        trained.sha256,
+        trained.parts,
+        f"The quantized checkpoint was not trained from {source.model} as it is",
+        "Name the model that it was trained from, --model FOLDER, or train it again.",
+    )
     if plan.calls != checkpoint.spec.num_steps:
         raise SdqError(
             f"The checkpoint has scales for {checkpoint.spec.num_steps} model calls, this sampler makes {plan.calls}.",

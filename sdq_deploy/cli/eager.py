@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdq_deploy.libraries import quiet_libraries
-from sdq_deploy.models import resolve_model
 from sdq_engines.bench import PROMPT, Timing, measure
 from sdq_engines.package.schema import Manifest
+
+if TYPE_CHECKING:
+    from sdq_export.source import Source
 
 __all__ = ["time_eager"]
 
 
-def time_eager(model: str, manifest: Manifest, batch: int, runs: int) -> dict[str, Timing]:
+def time_eager(source: Source, manifest: Manifest, batch: int, runs: int) -> dict[str, Timing]:
     """Seconds of one denoiser call on 2 * batch latents ("denoiser") and of a whole call ("end_to_end").
 
     Args:
-        model: folder, hub id or shapes-64.
+        source: the loaded model.
         manifest: its scheduler, steps and guidance scale are used.
         batch: images per call.
         runs: of each timing.
     """
-    quiet_libraries()
     import diffusers
     import torch
 
     from sdq_export.inpainting import with_extra
-    from sdq_export.source import load_source
 
-    source = load_source(resolve_model(model))
     family, denoiser = source.family, source.denoiser
     scheduler = getattr(diffusers, manifest.sampler.scheduler).from_config(manifest.sampler.config)
     pipeline = source.pipeline(scheduler, family.inpainting_pipeline if manifest.io.extra_channels else None)
@@ -45,7 +43,7 @@ def _images(pipeline: Any, manifest: Manifest, batch: int) -> Any:
     from PIL import Image
 
     sampler, size = manifest.sampler, manifest.io.image_size[::-1]
-    painted = {"image": Image.new("RGB", size, "grey"), "mask_image": Image.new("L", size, 255)}
+    painted = {"image": Image.new("RGB", size, "grey"), "mask_image": Image.new("L", size, 255), "strength": 1.0}
     return pipeline(
         PROMPT,
         num_images_per_prompt=batch,

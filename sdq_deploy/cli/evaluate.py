@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.shared import (
+    ConfigOption,
+    JsonOption,
+    VaeFromOption,
+    console,
+    new_progress,
+    new_status,
+    print_json,
+    require_extra,
+    status_console,
+)
 from sdq_deploy.models import EMBEDDED
 from sdq_engines.errors import SdqError
 
@@ -48,6 +58,8 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The floating-point model; by default the candidates' source.")
     ] = None,
+    config: ConfigOption = None,
+    vae_from: VaeFromOption = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="UTF-8 text, one prompt per line.")] = None,
     split: Annotated[
         _Split | None, typer.Option("--split", help="Captions of shapes-64 in place of a file.", show_default=False)
@@ -104,15 +116,19 @@ def evaluate(
     from sdq_deploy.evaluation.gates import check_measured, failures, parse_limits
     from sdq_deploy.evaluation.manifest import write_manifests
     from sdq_deploy.evaluation.output import claimed, write_results
+    from sdq_deploy.evaluation.reading import read_alike
     from sdq_deploy.evaluation.sampling import agree_on_sampler
     from sdq_deploy.evaluation.settings import EvaluationSettings
     from sdq_deploy.libraries import quiet_libraries
+    from sdq_export.single_file import FromFile
 
     limits = parse_limits(fail_below)
     quiet_libraries()
-    with status_console.status("opening the candidates"):
-        found = open_candidates(candidates, engine)
-        model = find_reference(found, reference)
+    with new_status("opening the candidates"):
+        from_file = FromFile.of(config, vae_from)
+        found = open_candidates(candidates, engine, reference, from_file)
+        model = find_reference(found, reference, from_file)
+        found, model = read_alike(found, model)
         sampler = agree_on_sampler(found, model, scheduler, num_inference_steps, guidance_scale)
         settings = EvaluationSettings(
             out=out,

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, console, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.prompt_options import ClipSkipOption, EmbeddingOption, PromptChunksOption
+from sdq_deploy.cli.shared import (
+    ConfigOption,
+    JsonOption,
+    VaeFromOption,
+    console,
+    new_progress,
+    new_status,
+    print_json,
+    require_extra,
+    status_console,
+)
 from sdq_engines.errors import SdqError
 
 if TYPE_CHECKING:
@@ -20,6 +31,7 @@ if TYPE_CHECKING:
     from sdq_export.devices import DeviceChoice
     from sdq_export.parity import GateChoice, ParityReport
     from sdq_export.sampler import SamplerPlan
+    from sdq_export.single_file import FromFile
     from sdq_export.source import Source
     from sdq_export.storage import IntegerDtype
     from sdq_export.writer import ExportResult, OnStage
@@ -47,7 +59,8 @@ def export(
         str,
         typer.Argument(
             metavar="RUN|MODEL",
-            help="A finished training run, or a model (diffusers folder, hub id, shapes-64) to export unquantized.",
+            help="A finished training run, or a model (diffusers folder, hub id, one .safetensors file, shapes-64) "
+            "to export unquantized.",
             show_default=False,
         ),
     ],
@@ -90,6 +103,19 @@ def export(
             help="Of the engines, with --dynamic-size. Repeatable: from the least to the most, tuned for the first.",
         ),
     ] = None,
+    prompt_chunks: PromptChunksOption = None,
+    clip_skip: ClipSkipOption = None,
+    embedding: EmbeddingOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Where the model that the RUN was trained from is now, if it was moved.",
+            show_default=False,
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    vae_from: VaeFromOption = None,
     revision: Annotated[str | None, typer.Option(help="Of a MODEL on the hub.")] = None,
     gate: Annotated[
         str,
@@ -131,18 +157,23 @@ def export(
     from sdq_deploy.libraries import quiet_libraries
 
     quiet_libraries()
+    from sdq_export.single_file import FromFile, is_single_file
 
+    from_file = FromFile.of(config, vae_from)
+    if model is not None and not _is_run(source):
+        raise SdqError(f"--model names the model of a RUN, and {source} is none.", "Leave --model out.")
     job = (
-        _open_run(source, scheduler, num_inference_steps, stored)
+        _open_run(source, scheduler, num_inference_steps, stored, model, from_file)
         if _is_run(source)
-        else _open_model(source, revision, scheduler, num_inference_steps)
+        else _open_model(source, revision, scheduler, num_inference_steps, from_file)
     )
+    source_told = _with_text(job, source, prompt_chunks, clip_skip, embedding or [])
     with _stages() as on_stage:
         from sdq_export.provenance import what_is_missing
         from sdq_export.writer import export_package
 
         result = export_package(
-            job.source,
+            source_told,
             out,
             job.plan,
             job.guidance_scale if guidance_scale is None else guidance_scale,
@@ -162,6 +193,8 @@ def export(
         )
     if not json:
         _print_parity(result.report)
+    if is_single_file(source):
+        status_console.print((job.source.folder / "NOTICE").read_text(encoding="utf-8").strip(), markup=False)
     if missing := what_is_missing(job.source):
         status_console.print(missing, markup=False, soft_wrap=True)
     package = result.package
@@ -226,15 +259,16 @@ def _is_run(source: str) -> bool:
     return any((folder / name).is_file() for name in ("run.json", "quant.json"))
 
 
-def _open_run(run: str, scheduler: str | None, steps: int | None, dtype: str) -> _Job:
+def _open_run(
+    run: str, scheduler: str | None, steps: int | None, dtype: str, model: str | None, from_file: FromFile
+) -> _Job:
     """The source, sampler, guidance and tensors of a finished run."""
     import diffusers
 
-    from sdq_deploy.models import resolve_model
+    from sdq_deploy.models import open_run_model
     from sdq_deploy.training.folder import RunFolder
     from sdq_export.checkpoint import load_checkpoint
     from sdq_export.sampler import compile_sampler
-    from sdq_export.source import load_source
 
     RunFolder(Path(run)).require_finished()
     checkpoint = load_checkpoint(run)
@@ -242,10 +276,26 @@ def _open_run(run: str, scheduler: str | None, steps: int | None, dtype: str) ->
     if dtype != "fp16":
         raise SdqError("A quantized run stores its other weights in FP16.", "Leave --dtype out, or export the MODEL.")
     _require_same_sampler(settings.scheduler, settings.num_inference_steps, scheduler, steps)
-    source = load_source(resolve_model(checkpoint.info.source.model), checkpoint.info.source.revision)
+    source = open_run_model(run, checkpoint.info.source, model, from_file)
     made = getattr(diffusers, settings.scheduler).from_config(settings.config)
     plan = compile_sampler(made, settings.num_inference_steps)
     return _Job(source, plan, settings.guidance_scale, checkpoint)
+
+
+def _with_text(job: _Job, run: str, prompt_chunks: int | None, clip_skip: int | None, embeddings: list[str]) -> Source:
+    """The source, its prompts read as the options say, else as they were in training.
+
+    Raises:
+        SdqError: a number out of range, an embedding that does not fit, another clip_skip than the training's.
+    """
+    from sdq_export.checkpoint import load_embeddings
+    from sdq_export.embeddings import parse_embedding
+    from sdq_export.text_settings import text_settings
+
+    trained = job.checkpoint.info.text if job.checkpoint else None
+    text = text_settings(trained, prompt_chunks, clip_skip)
+    learned = load_embeddings(run) if job.checkpoint else []
+    return job.source.with_text(text, [*learned, *(parse_embedding(each) for each in embeddings)])
 
 
 def _require_same_sampler(trained: str, trained_steps: int, scheduler: str | None, steps: int | None) -> None:
@@ -260,17 +310,16 @@ def _require_same_sampler(trained: str, trained_steps: int, scheduler: str | Non
         )
 
 
-def _open_model(model: str, revision: str | None, scheduler: str | None, steps: int | None) -> _Job:
+def _open_model(
+    model: str, revision: str | None, scheduler: str | None, steps: int | None, from_file: FromFile
+) -> _Job:
     """The source and sampler of an unquantized export."""
-    from sdq_deploy.models import resolve_model
-    from sdq_export.sampler import compile_sampler, make_scheduler
-    from sdq_export.source import load_source
+    from sdq_deploy.models import open_model
+    from sdq_export.sampler import compile_sampler
 
-    source = load_source(resolve_model(model), revision)
-    own = source.scheduler
-    made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
-    plan = compile_sampler(made, source.family.default_steps if steps is None else steps)
-    return _Job(source, plan, source.family.default_guidance, None)
+    source = open_model(model, revision, from_file)
+    plan = compile_sampler(source.scheduler_named(scheduler), source.family.default_steps if steps is None else steps)
+    return _Job(source, plan, source.family.guidance(source), None)
 
 
 @contextmanager
@@ -317,7 +366,7 @@ def _build(result: ExportResult, package: Package, engine: str, profile: ShapePr
     from sdq_engines.build import build_engine
     from sdq_export.engines import check_built_engine
 
-    with status_console.status(f"{engine}: starting") as status:
+    with new_status(f"{engine}: starting") as status:
         package = build_engine(
             package,
             engine,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-from rich.status import Status
 
 from sdq_deploy.cli.package_output import (
     StepBar,
@@ -21,9 +20,26 @@ from sdq_deploy.cli.package_output import (
     print_parity,
     say,
 )
-from sdq_deploy.cli.shared import JsonOption, new_progress, print_json, require_extra, status_console
+from sdq_deploy.cli.prompt_options import (
+    NegativePrompt2Option,
+    NegativePrompt3Option,
+    Prompt2Option,
+    Prompt3Option,
+    WeightingOption,
+)
+from sdq_deploy.cli.shared import (
+    ConfigOption,
+    JsonOption,
+    VaeFromOption,
+    new_progress,
+    new_status,
+    print_json,
+    require_extra,
+    status_console,
+)
 
 if TYPE_CHECKING:
+    from sdq_deploy.cli.progress import Status
     from sdq_engines.package.schema import ShapeProfile
     from sdq_engines.package.store import Package
     from sdq_engines.runtime.pipeline import PipelineOutput
@@ -49,6 +65,11 @@ def run(
     engine: _EngineOption = "auto",
     seed: Annotated[int | None, typer.Option(help="Image i starts from seed + i; random if not given.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
+    prompt_2: Prompt2Option = None,
+    prompt_3: Prompt3Option = None,
+    negative_prompt_2: NegativePrompt2Option = None,
+    negative_prompt_3: NegativePrompt3Option = None,
+    weighting: WeightingOption = None,
     guidance_scale: Annotated[float | None, typer.Option(help="The package's own if not given.")] = None,
     num_images_per_prompt: Annotated[int, typer.Option("--num-images-per-prompt", "-n", min=1)] = 1,
     image: Annotated[
@@ -60,7 +81,10 @@ def run(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="How much of --image to repaint, above 0 to 1; 0.8 if not given, with --mask 1."),
+        typer.Option(
+            help="How much of --image to repaint, above 0 to 1. If not given, what diffusers' pipeline takes: without "
+            "and with a mask 0.8 and 1 (Stable Diffusion 1 and 2), 0.3 and 0.9999 (XL), 0.6 and 0.6 (3)."
+        ),
     ] = None,
     height: Annotated[int | None, typer.Option(help="In pixels, as the engine was built for.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels, as the engine was built for.")] = None,
@@ -85,6 +109,11 @@ def run(
         result = pipeline(
             prompt,
             negative_prompt=negative_prompt,
+            prompt_2=prompt_2,
+            prompt_3=prompt_3,
+            negative_prompt_2=negative_prompt_2,
+            negative_prompt_3=negative_prompt_3,
+            prompt_weighting=weighting,
             seed=seed,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
@@ -187,6 +216,9 @@ def inspect(package: _PackageArgument, json: JsonOption = False) -> None:
     say(
         f"sampler  {sampler['scheduler']}, {sampler['num_inference_steps']} steps, guidance {sampler['guidance_scale']}"
     )
+    chunks, skipped = (max((text[key] for text in content["text"]), default=0) for key in ("chunks", "clip_skip"))
+    if chunks > 1 or skipped:
+        say(f"prompts  {chunks} chunk(s) of {content['text'][0]['max_length']} tokens, clip_skip {skipped}")
     say(f"source   {source['model']}, licence {source['license']}. {source['changes']}", markup=False)
     for part, size in content["bytes"].items():
         say(f"  {part:24} {megabytes(size)}")
@@ -251,6 +283,8 @@ def bench(
     against: Annotated[
         str | None, typer.Option(help="Also time diffusers, eager FP32, on this MODEL (needs the extra train).")
     ] = None,
+    config: ConfigOption = None,
+    vae_from: VaeFromOption = None,
     json: JsonOption = False,
 ) -> None:
     """Time a package: each component and the whole call, warm, median.
@@ -265,7 +299,7 @@ def bench(
     checked = open_package(package, verify="cached")
     names = engine or [name for name in checked.manifest.engines if backend(name).available().works] or ["auto"]
     reports: list[dict[str, Any]] = []
-    with status_console.status("starting") as status:
+    with new_status("starting") as status:
         for name in names:
             stage = _stage_shower(status, name)
             reports.append(measure(partial(Pipeline.from_package, checked, name), batch, runs, stage).as_dict())
@@ -274,7 +308,7 @@ def bench(
         eager = None
         if against is not None:
             status.update("diffusers: loading")
-            eager = _time_diffusers(against, checked.manifest, batch, runs)
+            eager = _time_diffusers(against, config, vae_from, checked.manifest, batch, runs)
     if json:
         print_json({"engines": reports, "diffusers": eager})
     elif eager is not None:
@@ -287,7 +321,7 @@ def bench(
 def _build_one(package: Package, name: str, profile: ShapeProfile, options: dict[str, Any]) -> Package:
     from sdq_engines.build import build_engine
 
-    with status_console.status(f"{name}: starting") as status:
+    with new_status(f"{name}: starting") as status:
         show = _stage_shower(status, name)
         return build_engine(package, name, profile, options, lambda part, stage: show(f"{stage} {part}"))
 
@@ -333,10 +367,17 @@ def _save(result: PipelineOutput, out: Path) -> list[str]:
     return files
 
 
-def _time_diffusers(model: str, manifest: Any, batch: int, runs: int) -> dict[str, Any]:
+def _time_diffusers(
+    model: str, config: str | None, vae_from: Path | None, manifest: Any, batch: int, runs: int
+) -> dict[str, Any]:
     require_extra("train", "torch", "diffusers", "transformers")
     from dataclasses import asdict
 
     from sdq_deploy.cli.eager import time_eager
+    from sdq_deploy.libraries import quiet_libraries
+    from sdq_deploy.models import open_model
+    from sdq_export.single_file import FromFile
 
-    return {name: asdict(timing) for name, timing in time_eager(model, manifest, batch, runs).items()}
+    quiet_libraries()
+    source = open_model(model, from_file=FromFile.of(config, vae_from))
+    return {name: asdict(timing) for name, timing in time_eager(source, manifest, batch, runs).items()}

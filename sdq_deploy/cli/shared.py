@@ -4,30 +4,53 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.core
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from sdq_deploy.cli.progress import Status, progress_on, status_on
 from sdq_engines.errors import SdqError
 
 __all__ = [
+    "ConfigOption",
     "Interrupted",
     "InterruptibleGroup",
     "JsonOption",
+    "VaeFromOption",
     "console",
     "new_progress",
+    "new_status",
     "print_json",
     "require_extra",
     "status_console",
 ]
 
 #: Results go to standard output, progress and messages to standard error, so that a pipe sees results alone.
-console = Console(highlight=False)
-status_console = Console(stderr=True, highlight=False)
+#: A prompt's ":x:" is no emoji.
+console = Console(highlight=False, emoji=False)
+status_console = Console(stderr=True, highlight=False, emoji=False)
 
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FOLDER|ID",
+        help="Of a MODEL that is one file: the diffusers folder or hub id with its configuration, "
+        "or a folder with its tokenizer/.",
+        show_default=False,
+    ),
+]
+VaeFromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--vae-from", metavar="FILE", help="Of a MODEL that is one file: take the VAE of this file.", show_default=False
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON for machines.")]
 
 
@@ -52,15 +75,13 @@ def print_json(value: Any) -> None:
 
 
 def new_progress() -> Progress:
-    """The one progress display: a bar with counts and elapsed time, on standard error."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("[progress.description]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=status_console,
-    )
+    """The one progress display, on standard error."""
+    return progress_on(status_console)
+
+
+def new_status(text: str) -> AbstractContextManager[Status]:
+    """The one display of what is being done where it cannot be counted, on standard error."""
+    return status_on(status_console, text)
 
 
 def require_extra(extra: str, *modules: str) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, console, print_json, require_extra, status_console
+from sdq_deploy.cli.prompt_options import ClipSkipOption, EmbeddingOption, PromptChunksOption
+from sdq_deploy.cli.shared import ConfigOption, JsonOption, VaeFromOption, console, print_json, require_extra
 
 __all__ = ["register"]
 
@@ -49,7 +50,10 @@ def register(app: typer.Typer) -> None:
 
 def train(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or shapes-64 (embedded).")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A diffusers folder, a hub id, a model.safetensors, or shapes-64 (embedded)."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to write.")],
     recipe: Annotated[
@@ -86,6 +90,11 @@ def train(
         list[str] | None,
         typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Fuse an adapter into the model first; repeatable."),
     ] = None,
+    embedding: EmbeddingOption = None,
+    clip_skip: ClipSkipOption = None,
+    prompt_chunks: PromptChunksOption = None,
+    config: ConfigOption = None,
+    vae_from: VaeFromOption = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue what RUN holds; options given here win.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
@@ -101,14 +110,18 @@ def train(
     Example: sdq-deploy train shapes-64 --out build/run --precision w4a8
     """
     require_extra("train", "torch", "diffusers", "transformers", "accelerate", "modelopt", "tensorboard", "matplotlib")
+    from sdq_deploy.lora import parse_lora
     from sdq_deploy.recipes.load import parse_assignments
     from sdq_deploy.training.resolve import resolve_settings
     from sdq_deploy.training.run import run_training
+    from sdq_export.single_file import FromFile
 
     options: dict[str, Any] = {
         "method": method.value if method is not None else "ptq" if ptq_algorithm is not None else None,
         "ptq.algorithm": None if ptq_algorithm is None else ptq_algorithm.value,
         "quantization.precision": None if precision is None else precision.value,
+        "text.clip_skip": clip_skip,
+        "text.prompt_chunks": prompt_chunks,
         "sampling.scheduler": scheduler,
         "sampling.num_inference_steps": num_inference_steps,
         "sampling.guidance_scale": guidance_scale,
@@ -118,8 +131,6 @@ def train(
     overrides = parse_assignments(assignments or []) | {
         key: value for key, value in options.items() if value is not None
     }
-    if lora:
-        model, revision = _fused(model, revision, lora, out), None
     settings = resolve_settings(
         model,
         out,
@@ -129,6 +140,9 @@ def train(
         prompt_column=prompt_column,
         seed=seed,
         revision=revision,
+        embeddings=embedding or [],
+        loras=[parse_lora(text) for text in lora or []],
+        from_file=FromFile.of(config, vae_from),
         resume=resume,
     )
     if dry_run:
@@ -141,17 +155,6 @@ def train(
         return
     ran = run_training(settings, resume=resume, dataset=dataset, cpu=cpu)
     _print_result(out, ran, json)
-
-
-def _fused(model: str, revision: str | None, loras: list[str], out: Path) -> str:
-    """Where the model with its adapters is: beside the run, which will name it as its source."""
-    from sdq_deploy.lora import fuse_loras, parse_lora
-    from sdq_deploy.models import resolve_model
-
-    adapters = [parse_lora(text) for text in loras]
-    folder = fuse_loras(resolve_model(model), revision, adapters, out.with_name(f"{out.name}-model"))
-    status_console.print(f"{len(adapters)} adapter(s) fused into the model at {folder}", markup=False, soft_wrap=True)
-    return str(folder)
 
 
 def _trajectory(notes: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from rich.table import Table
 
 from sdq_deploy.pages.render import file_uri, render_page
+from sdq_deploy.tables import new_table
 from sdq_engines.files import atomic_write_text
 
 __all__ = [
@@ -99,11 +100,11 @@ def _percent(value: float | None) -> str:
 
 def variant_table(report: DemoReport) -> Table:
     """Fidelity of each variant, for the terminal."""
-    table = Table(
-        title=f"Fidelity to the floating-point images, {report.num_images} held-out prompts", title_justify="left"
+    table = new_table(
+        f"Fidelity to the floating-point images, {report.num_images} held-out prompts",
+        [""],
+        ["PSNR", "worst", "SSIM", "worst", "captions", "denoiser", "package"],
     )
-    for heading in ("", "PSNR mean", "worst", "SSIM mean", "worst", "captions right", "denoiser", "package"):
-        table.add_column(heading, justify="left" if not heading else "right")
     for row in report.variants:
         table.add_row(
             row.name,
@@ -122,14 +123,12 @@ def _kernels(row: EngineFigures) -> str:
     if row.quantized_layers is None or row.int8_layers is None:
         return "–"
     int4 = f", INT4 {row.int4_layers}" if row.int4_layers else ""
-    return f"INT8 {row.int8_layers} of {row.quantized_layers}{int4}"
+    return f"INT8 {row.int8_layers}/{row.quantized_layers}{int4}"
 
 
 def engine_table(report: DemoReport) -> Table:
     """Kernels and latency of each engine, for the terminal."""
-    table = Table(title="Engines", title_justify="left")
-    for heading in ("package", "engine", "kernels", "engine on disk", "built in", "a step", "an image"):
-        table.add_column(heading, justify="left" if heading in ("package", "engine") else "right")
+    table = new_table("Engines", ["package", "engine"], ["kernels", "on disk", "built in", "a step", "an image"])
     for row in report.engines:
         table.add_row(
             row.package,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdq_deploy.cli.shared import new_progress, status_console
+from sdq_deploy.cli.shared import new_progress, new_status, status_console
 from sdq_deploy.demo.report import DemoReport, EngineFigures, Picture, Stage, Variant
 from sdq_deploy.evaluation.grids import comparison_grid
 from sdq_deploy.evaluation.metrics import compare_images
@@ -257,13 +257,14 @@ def _add_variant(
 def _latencies(demo: _Demo, packages: Mapping[str, Path]) -> None:
     from sdq_deploy.cli.eager import time_eager
     from sdq_engines.package.store import open_package
+    from sdq_export.source import load_source
 
     opened = {name: open_package(folder, verify="cached") for name, folder in packages.items()}
     for name, package in opened.items():
         for engine in package.manifest.engines:
             demo.engines.append(_engine_figures(name, package, engine))
-    with status_console.status("diffusers, eager FP32"):
-        eager = time_eager(EMBEDDED, opened["W4A8"].manifest, batch=1, runs=10)
+    with new_status("diffusers, eager FP32"):
+        eager = time_eager(load_source(resolve_model(EMBEDDED)), opened["W4A8"].manifest, batch=1, runs=10)
     demo.engines.append(
         EngineFigures(
             package="FP",
@@ -297,7 +298,7 @@ def _engine_figures(name: str, package: Package, engine: str) -> EngineFigures:
     found = backend(engine).available()
     if not found.works:
         return figures.model_copy(update={"why_not_run": found.reason})
-    with status_console.status(f"{name}, {engine}") as status:
+    with new_status(f"{name}, {engine}") as status:
         report = bench(
             lambda: Pipeline.from_package(package, engine), on_stage=lambda part: status.update(f"{engine}: {part}")
         )

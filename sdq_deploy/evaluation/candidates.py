@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sdq_deploy.models import resolve_model
+from sdq_deploy.models import EMBEDDED, open_model, open_run_model
 from sdq_deploy.training.folder import RunFolder
 from sdq_engines.errors import SdqError
 from sdq_engines.files import folder_kind, sha256_file
@@ -18,9 +18,11 @@ from sdq_engines.package.layout import ENGINES
 from sdq_engines.package.store import open_package
 from sdq_engines.runtime.pipeline import Pipeline
 from sdq_export.checkpoint import CHECKPOINT_FOLDER, SamplerSettings, SourceRef, load_checkpoint
-from sdq_export.source import Source, load_source
+from sdq_export.single_file import FromFile, is_single_file
+from sdq_export.source import Source
+from sdq_export.text_settings import TextSettings
 
-__all__ = ["Candidate", "find_reference", "open_candidates"]
+__all__ = ["Candidate", "digest", "find_reference", "open_candidates"]
 
 #: What the floating-point model is called among the candidates.
 REFERENCE = "FP"
@@ -36,6 +38,7 @@ class Candidate:
         name: unique in the evaluation.
         path: the folder, or a model's hub id or name.
         source: the floating-point checkpoint it was made from; a model's is itself.
+        model_folder: of a run or model, where that checkpoint is on this machine.
         sampler: what it was made for; None for a model, which takes any.
         image_size: (height, width) in pixels.
         latent_shape: (C, h, w).
@@ -43,6 +46,7 @@ class Candidate:
         engine: of a package.
         precision: e.g. w4a8; "fp32" for a model.
         num_bytes: a package's size without engines, a run's checkpoint's; None for a model.
+        text: how it reads prompts; None for a model, which takes any way.
     """
 
     name: str
@@ -53,9 +57,11 @@ class Candidate:
     image_size: tuple[int, int]
     latent_shape: tuple[int, int, int]
     identity: str
+    model_folder: str = ""
     engine: str | None = None
     precision: str = "fp32"
     num_bytes: int | None = None
+    text: TextSettings | None = None
 
     @property
     def images_by(self) -> str:
@@ -65,8 +71,16 @@ class Candidate:
         return "torch, fake quantization" if self.kind == "run" else "torch, FP32"
 
 
-def open_candidates(texts: Sequence[str], engine: str = "auto") -> list[Candidate]:
+def open_candidates(
+    texts: Sequence[str], engine: str = "auto", reference: str | None = None, from_file: FromFile | None = None
+) -> list[Candidate]:
     """Find every candidate that the user named, each as PATH, MODEL or NAME=PATH.
+
+    Args:
+        texts: what the user named.
+        engine: of packages.
+        reference: the floating-point model, if the user named it: a run whose model it is finds it there.
+        from_file: how models that are single files are converted.
 
     Raises:
         SdqError: none is given, one cannot be opened, or two have one name.
@@ -80,7 +94,7 @@ def open_candidates(texts: Sequence[str], engine: str = "auto") -> list[Candidat
             raise SdqError(f"{name!r} is the reference's name.", "Give the candidate another: evaluate NAME=PATH")
         if names.count(name) > 1:
             raise SdqError(f"Two candidates are named {name!r}.", "Give them names: evaluate NAME=PATH OTHER=PATH")
-    return [_open(name, path, engine) for name, (_, path) in zip(names, named, strict=True)]
+    return [_open(name, path, engine, reference, from_file) for name, (_, path) in zip(names, named, strict=True)]
 
 
 def _split_name(text: str) -> tuple[str | None, str]:
@@ -102,13 +116,13 @@ def _short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def _open(name: str, path: str, engine: str) -> Candidate:
+def _open(name: str, path: str, engine: str, reference: str | None, from_file: FromFile | None) -> Candidate:
     folder = Path(path)
     if folder_kind(folder) == "package" or (folder / "manifest.json").is_file():
         return _open_package(name, folder, engine)
     if folder_kind(folder) == "run" or (folder / "quant.json").is_file():
-        return _open_run(name, folder)
-    return _open_model(name, path)
+        return _open_run(name, folder, reference, from_file)
+    return _open_model(name, path, from_file=from_file)
 
 
 def _open_package(name: str, folder: Path, engine: str) -> Candidate:
@@ -135,25 +149,23 @@ def _open_package(name: str, folder: Path, engine: str) -> Candidate:
         ),
         image_size=manifest.io.image_size,
         latent_shape=manifest.io.latent_shape,
-        identity=_digest("package", files, pipeline.engine, entry.version, entry.profile.model_dump(), entry.options),
+        identity=digest("package", files, pipeline.engine, entry.version, entry.profile.model_dump(), entry.options),
         engine=pipeline.engine,
         precision=manifest.precision,
         num_bytes=manifest.bytes_without_engines,
+        text=TextSettings(
+            prompt_chunks=max(text.chunks for text in manifest.text),
+            clip_skip=max(text.clip_skip for text in manifest.text),
+        ),
     )
 
 
-def _open_run(name: str, folder: Path) -> Candidate:
+def _open_run(name: str, folder: Path, reference: str | None, from_file: FromFile | None) -> Candidate:
     RunFolder(folder).require_finished()
     checkpoint = load_checkpoint(folder)
     inner = folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder
     files = {file.name: sha256_file(file) for file in sorted(inner.iterdir()) if file.is_file()}
-    source = load_source(resolve_model(checkpoint.info.source.model), checkpoint.info.source.revision)
-    if source.sha256 != checkpoint.info.source.sha256:
-        raise SdqError(
-            f"The run {folder} was trained from another {checkpoint.info.source.model}: "
-            "its denoiser's hash is not the same.",
-            "Evaluate it beside the checkpoint that it was trained from, or train it again.",
-        )
+    source = _model_of_run(folder, checkpoint.info.source, reference, from_file)
     return Candidate(
         name=name,
         kind="run",
@@ -162,14 +174,28 @@ def _open_run(name: str, folder: Path) -> Candidate:
         sampler=checkpoint.info.sampler,
         image_size=source.family.image_size(source),
         latent_shape=source.family.latent_shape(source),
-        identity=_digest("run", files, _model_identity(source)),
+        identity=digest("run", files, source.hashes),
+        model_folder=str(source.folder),
         precision=checkpoint.info.spec.precision,
         num_bytes=sum(file.stat().st_size for file in inner.iterdir() if file.is_file()),
+        text=checkpoint.info.text,
     )
 
 
-def _open_model(name: str, model: str, revision: str | None = None) -> Candidate:
-    source = load_source(resolve_model(model), revision)
+def _model_of_run(folder: Path, trained_from: SourceRef, reference: str | None, from_file: FromFile | None) -> Source:
+    """The reference where it is the run's own model, which may have been moved; else the model where it was."""
+    if reference is not None:
+        named = open_model(reference, from_file=from_file)
+        if named.sha256 == trained_from.sha256:
+            return named
+    try:
+        return open_run_model(folder, trained_from)
+    except SdqError as error:
+        raise SdqError(error.message, "Name the model that it was trained from: --reference MODEL") from error
+
+
+def _open_model(name: str, model: str, revision: str | None = None, from_file: FromFile | None = None) -> Candidate:
+    source = open_model(model, revision, from_file if is_single_file(model) else None)
     return Candidate(
         name=name,
         kind="model",
@@ -178,27 +204,30 @@ def _open_model(name: str, model: str, revision: str | None = None) -> Candidate
         sampler=None,
         image_size=source.family.image_size(source),
         latent_shape=source.family.latent_shape(source),
-        identity=_digest("model", _model_identity(source)),
+        identity=digest("model", source.hashes),
+        model_folder=str(source.folder),
     )
 
 
-def _model_identity(source: Source) -> dict[str, str]:
-    return {part: source.weights_sha256(part) for part in source.weighted_parts}
-
-
-def _digest(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
+    """A hash of these JSON values."""
     # The program's version too: another one may compute otherwise.
     content = json.dumps([metadata.version("sdq-deploy"), *parts], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def find_reference(candidates: Sequence[Candidate], reference: str | None = None) -> Candidate:
+def find_reference(
+    candidates: Sequence[Candidate], reference: str | None = None, from_file: FromFile | None = None
+) -> Candidate:
     """The floating-point model that all are held against: the one named, else the one they were made from.
 
     Raises:
         SdqError: they were made from different models, their model is not what it was, or image sizes differ.
     """
-    found = _open_model(REFERENCE, reference) if reference is not None else _common_source(candidates)
+    if reference is not None:
+        found = _open_model(REFERENCE, reference, from_file=from_file)
+    else:
+        found = _common_source(candidates, from_file)
     for candidate in candidates:
         if (candidate.image_size, candidate.latent_shape) != (found.image_size, found.latent_shape):
             raise SdqError(
@@ -209,7 +238,7 @@ def find_reference(candidates: Sequence[Candidate], reference: str | None = None
     return found
 
 
-def _common_source(candidates: Sequence[Candidate]) -> Candidate:
+def _common_source(candidates: Sequence[Candidate], from_file: FromFile | None) -> Candidate:
     quantized = [candidate for candidate in candidates if candidate.kind != "model"]
     if not quantized:
         raise SdqError(
@@ -220,13 +249,17 @@ def _common_source(candidates: Sequence[Candidate]) -> Candidate:
         if other.source.sha256 != first.source.sha256:
             raise SdqError(
                 f"{first.name} and {other.name} were made from different models "
-                f"({first.source.model} and {other.source.model}; the denoisers' hashes differ).",
+                f"({first.source.model} and {other.source.model}; their hashes differ).",
                 "Name the one to compare both with: --reference MODEL",
             )
-    found = _open_model(REFERENCE, first.source.model, first.source.revision)
+    run = next((each for each in quantized if each.kind == "run"), None)
+    if run is not None and run.source.model != EMBEDDED and not run.source.revision:
+        found = _open_model(REFERENCE, run.model_folder)
+    else:
+        found = _open_model(REFERENCE, first.source.model, first.source.revision, from_file)
     if found.source.sha256 != first.source.sha256:
         raise SdqError(
-            f"{first.name} was made from a {first.source.model} whose denoiser had another hash than the one here.",
+            f"{first.name} was made from a {first.source.model} that had another hash than the one here.",
             "Name the model that it was made from: --reference MODEL",
         )
     return found

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from sdq_deploy.evaluation.candidates import Candidate
 from sdq_deploy.evaluation.generate import decode, sample_latents
-from sdq_deploy.models import resolve_model
 from sdq_engines.runtime.loop import StepEvent
 from sdq_engines.runtime.pipeline import Pipeline
-from sdq_export.checkpoint import SamplerSettings, load_checkpoint
+from sdq_export.checkpoint import SamplerSettings, load_checkpoint, load_embeddings
 from sdq_export.reference import build_reference
 from sdq_export.sampler import SamplerPlan, compile_sampler
 from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
+from sdq_export.text_settings import TextSettings
 
 __all__ = ["ImageBatch", "Maker", "load_maker", "plan_of"]
 
@@ -64,12 +64,12 @@ def load_maker(
     timesteps = torch.from_numpy(plan.timesteps)
     if candidate.kind == "run":
         checkpoint = load_checkpoint(candidate.path)
-        source = load_source(resolve_model(candidate.source.model), candidate.source.revision)
+        source = load_source(candidate.model_folder).with_text(checkpoint.info.text, load_embeddings(candidate.path))
         denoiser: nn.Module = build_reference(
             source.for_spec(checkpoint.spec).own(source.family.denoiser), checkpoint.spec, checkpoint.tensors, timesteps
         )
     else:
-        source = load_source(resolve_model(candidate.path), candidate.source.revision)
+        source = load_source(candidate.model_folder).with_text(candidate.text or TextSettings())
         denoiser = StepDenoiser(source.own(source.family.denoiser), timesteps).eval().requires_grad_(False)
     return TorchMaker(source, denoiser, plan, sampler.guidance_scale, device)
 

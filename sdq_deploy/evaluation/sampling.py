@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdq_deploy.evaluation.candidates import Candidate
-from sdq_deploy.models import resolve_model
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import SamplerSettings
 from sdq_export.source import load_source
 
 __all__ = ["agree_on_sampler"]
-
-_DEFAULT_STEPS, _DEFAULT_GUIDANCE = 50, 7.5
-"""diffusers' own, for MODELs alone."""
 
 
 def agree_on_sampler(
@@ -82,14 +78,13 @@ def _refuse_other_sampler(first: Candidate, scheduler: str | None, steps: int | 
 def _model_sampler(
     reference: Candidate, scheduler: str | None, steps: int | None, guidance_scale: float | None
 ) -> SamplerSettings:
-    from sdq_export.sampler import compile_sampler, make_scheduler
+    from sdq_export.sampler import compile_sampler
 
-    own = load_source(resolve_model(reference.path), reference.source.revision).scheduler
-    made = make_scheduler(scheduler, {"_class_name": type(own).__name__, **own.config})
-    plan = compile_sampler(made, _DEFAULT_STEPS if steps is None else steps)
+    source = load_source(reference.model_folder)
+    plan = compile_sampler(source.scheduler_named(scheduler), source.family.default_steps if steps is None else steps)
     return SamplerSettings(
         scheduler=plan.scheduler,
         config=plan.config,
         num_inference_steps=plan.num_inference_steps,
-        guidance_scale=_DEFAULT_GUIDANCE if guidance_scale is None else guidance_scale,
+        guidance_scale=source.family.guidance(source) if guidance_scale is None else guidance_scale,
     )

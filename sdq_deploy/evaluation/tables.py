@@ -6,6 +6,7 @@ from rich.table import Table
 
 from sdq_deploy.evaluation.catalogue import FRECHET_METRICS, IMAGE_METRICS, Metric
 from sdq_deploy.evaluation.results import CandidateResult, Comparison, EvaluationResults, Figure
+from sdq_deploy.tables import new_table
 
 __all__ = ["comparison_table", "difference", "figure_table", "figures_shown", "interval", "metric_of", "value"]
 
@@ -49,11 +50,9 @@ def _number(value: float, name: str, sign: bool = False) -> str:
 def figure_table(results: EvaluationResults) -> Table:
     """One row a candidate, each figure with its interval beneath."""
     count = results.prompts.count
-    table = Table(title=f"Against {results.reference.path}, {count} images of {results.prompts.title}")
-    table.add_column("")
     names = figures_shown(results)
-    for name in names:
-        table.add_column(metric_of(name).title, justify="right")
+    title = f"Against {results.reference.path}, {count} images of {results.prompts.title}"
+    table = new_table(title, [""], [metric_of(name).title for name in names])
     for row in (*results.candidates, results.reference):
         table.add_row(row.name, *(_cell(row, name) for name in names))
     return table
@@ -67,9 +66,7 @@ def _cell(row: CandidateResult, name: str) -> str:
 
 def comparison_table(results: EvaluationResults) -> Table:
     """Paired differences with their intervals."""
-    table = Table("difference", "figure", title="Paired differences, image by image")
-    for heading in ("mean", "95 % interval"):
-        table.add_column(heading, justify="right")
+    table = new_table("Paired differences, image by image", ["difference", "figure"], ["mean", "95 % interval"])
     for found in results.comparisons:
         table.add_row(
             f"{found.first} − {found.second}",

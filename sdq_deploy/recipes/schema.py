@@ -28,6 +28,7 @@ __all__ = [
     "Reconstruction",
     "Sampling",
     "Sensitivity",
+    "Text",
 ]
 
 Precision = Literal["w8a8", "w4a8", "w4a16"]
@@ -56,7 +57,7 @@ class Sampling(_Section):
     scheduler: Scheduler
     num_inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=0, le=100)
-    """1 runs the model on the prompt alone."""
+    """1 or less runs the model on the prompt alone, as in diffusers."""
 
 
 class Quantization(_Section):
@@ -171,6 +172,15 @@ class Freezing(_Section):
         return self
 
 
+class Text(_Section):
+    """How prompts are read; export and evaluation then read them alike (docs/prompts.md)."""
+
+    prompt_chunks: int = Field(default=1, ge=1, le=16)
+    """Chunks of 75 tokens that a prompt may have."""
+    clip_skip: int = Field(default=0, ge=0)
+    """Layers at the end of the CLIP text encoders that prompts are not passed through."""
+
+
 class Ptq(_Section):
     """Method ptq: quantization without training."""
 
@@ -229,6 +239,7 @@ class Recipe(_Section):
     sensitivity: Sensitivity
     fit: Fit
     freezing: Freezing
+    text: Text = Text()
     ptq: Ptq = Ptq()
     reconstruction: Reconstruction = Reconstruction()
     efficientdm: EfficientDM = EfficientDM()

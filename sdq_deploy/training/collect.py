@@ -7,6 +7,7 @@ loses the shards under way, no more. What is in memory is one shard, whatever th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ from sdq_export.conditioning import Conditioning
 from sdq_export.sampler import run_sampler
 
 __all__ = ["collect", "collect_shard", "kept_steps", "starting_noise"]
+
+_logger = logging.getLogger(__name__)
 
 
 def collect(context: TrainingContext, inputs: str) -> None:
@@ -108,13 +111,21 @@ def _encode(context: TrainingContext, tasks: Sequence[_Task], inputs: str) -> No
     if not missing and not lacks_empty:
         return
     lists = {"training": prompts.training, "validation": prompts.validation}
+    cut: list[str] = []
     with _text_encoders(context), context.bar("encode prompts", len(missing)) as advance:
         if lacks_empty:
             save_empty(folder, source.family.encode_prompts(source, [None]), inputs)
         for task in missing:
             texts = [lists[task.split][member] for member in task.members]
+            cut += source.family.text_encoders[0].cut(source, texts)
             save_prompts(folder, task.name, source.family.encode_prompts(source, texts), inputs)
             advance()
+    if cut:
+        _logger.warning(
+            "%d prompt(s) are longer than the model takes and were cut, the first %r; --prompt-chunks N takes more.",
+            len(cut),
+            cut[0],
+        )
 
 
 @contextmanager
@@ -144,7 +155,7 @@ def collect_shard(
         empty: of the empty prompt.
     """
     scale, device = context.recipe.sampling.guidance_scale, context.device
-    conditioning, blank = conditioning.to(device), empty.to(device) if scale != 1 else None
+    conditioning, blank = conditioning.to(device), empty.to(device) if scale > 1 else None
     generators = [torch.Generator().manual_seed(stable_seed(context.seed, split, member)) for member in members]
     noise = starting_noise(context, generators)
     chosen = torch.stack([kept_steps(context, split, member) for member in members])

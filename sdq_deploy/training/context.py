@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sdq_deploy.lora import Lora
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.prompts import PromptSplit, split_prompts
 from sdq_deploy.training.teacher import make_teacher
 from sdq_export.checkpoint import SamplerSettings, SourceRef
+from sdq_export.embeddings import parse_embedding
 from sdq_export.quantspec import QuantSpec
-from sdq_export.sampler import SamplerPlan, compile_sampler, make_scheduler
+from sdq_export.sampler import SamplerPlan, compile_sampler
+from sdq_export.single_file import FromFile
 from sdq_export.sites import find_sites
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
+from sdq_export.text_settings import TextSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,6 +46,12 @@ class TrainingSettings:
     prompts: tuple[str, ...]
     seed: int = 0
     revision: str | None = None
+    embeddings: tuple[str, ...] = ()
+    """Textual inversions that prompts name, each NAME=FILE."""
+    loras: tuple[Lora, ...] = ()
+    """Adapters to fuse into the model first."""
+    from_file: FromFile = field(default_factory=FromFile)
+    """How a model that is a single file is converted."""
     recipe_tree: Mapping[str, Any] = field(default_factory=dict)
     """What `recipe` was resolved from, the tables of all precisions with it: recorded, so that a resumed run can change
     its precision. Empty: `recipe` alone is recorded."""
@@ -62,8 +72,14 @@ class TrainingContext:
     ) -> None:
         self.settings, self.accelerator, self.progress = settings, accelerator, progress
         self.recipe, self.seed = settings.recipe, settings.seed
+        source = source.with_text(self.text, [parse_embedding(each) for each in settings.embeddings])
         self.source = source.with_split_shortcuts() if self.recipe.quantization.split_shortcuts else source
         self.folder = RunFolder(settings.out)
+
+    @property
+    def text(self) -> TextSettings:
+        """How prompts are read, as the quantized checkpoint records it."""
+        return TextSettings(**self.recipe.text.model_dump())
 
     @property
     def device(self) -> torch.device:
@@ -81,12 +97,8 @@ class TrainingContext:
     def plan(self) -> SamplerPlan:
         """The recipe's sampler, compiled."""
         name = self.recipe.sampling.scheduler
-        scheduler = make_scheduler(None if name == "default" else name, self._scheduler_config())
+        scheduler = self.source.scheduler_named(None if name == "default" else name)
         return compile_sampler(scheduler, self.recipe.sampling.num_inference_steps)
-
-    def _scheduler_config(self) -> dict[str, Any]:
-        scheduler = self.source.scheduler
-        return {"_class_name": type(scheduler).__name__, **scheduler.config}
 
     @cached_property
     def timesteps(self) -> Tensor:
@@ -145,7 +157,9 @@ class TrainingContext:
     @cached_property
     def source_ref(self) -> SourceRef:
         """The source as the quantized checkpoint records it."""
-        return SourceRef(model=self.settings.model, revision=self.settings.revision, sha256=self.source.sha256)
+        model = str(self.folder.model.resolve()) if self.folder.prepared.is_file() else self.settings.model
+        source = self.source
+        return SourceRef(model=model, revision=source.revision, sha256=source.sha256, parts=source.hashes)
 
     @cached_property
     def prompt_hash(self) -> str:

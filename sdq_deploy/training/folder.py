@@ -22,6 +22,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.status_file = path / "run.json"
+        self.model = path / "model"
+        self.prepared = self.model / "prepared.json"
         self.dataset = path / "dataset"
         self.tables = path / "tables.safetensors"
         self.scales = path / "scales.safetensors"
@@ -36,6 +38,11 @@ class RunFolder:
             return {"kind": "sdq-run", "status": "new", "settings": {}, "stages": {}}
         status: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
         return status
+
+    def read_identity(self) -> str | None:
+        """Hash of the model that the user named, as recorded."""
+        identity: str | None = self.read_status()["settings"].get("identity")
+        return identity
 
     def require_finished(self) -> None:
         """A folder without run.json, such as a checkpoint's own, has nothing to finish.

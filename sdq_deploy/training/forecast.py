@@ -7,23 +7,30 @@ read, so a model of any size is forecast in seconds.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdq_deploy.models import resolve_model
+from sdq_deploy.adapters.file import open_adapter
+from sdq_deploy.adapters.names import layer_names
+from sdq_deploy.models import open_model
 from sdq_deploy.recipes.schema import OptimizerState
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.counting import count, forward_flops, layer_weight, saved_bytes
 from sdq_deploy.training.device_state import device_state
 from sdq_deploy.training.run import make_accelerator
 from sdq_export.conditioning import Conditioning
+from sdq_export.conversion import configuration
 from sdq_export.quantspec import QuantSpec
+from sdq_export.single_file import is_single_file, read_header
 from sdq_export.sketch import Sketch
-from sdq_export.source import load_source
+from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
 
 __all__ = ["ASSUMED_TFLOPS", "Forecast", "forecast"]
@@ -109,10 +116,28 @@ def forecast(settings: TrainingSettings) -> Forecast:
     Raises:
         SdqError: the model is not there or not supported.
     """
-    loaded = load_source(resolve_model(settings.model), settings.revision)
+    with _configuration(settings) as folder:
+        source = Sketch(folder, settings.model, settings.revision)
+        if settings.loras:
+            names = layer_names(source)
+            for lora in settings.loras:
+                open_adapter(lora.path, names)  # what does not fit is said now
+        return _forecast(settings, source)
+
+
+@contextlib.contextmanager
+def _configuration(settings: TrainingSettings) -> Iterator[Path]:
+    """A folder with the model's configurations; that of a single file is temporary. Adapters do not change them."""
+    if is_single_file(settings.model):
+        with configuration(read_header(Path(settings.model)), settings.from_file) as folder:
+            yield folder
+    else:
+        yield open_model(settings.model, settings.revision).folder
+
+
+def _forecast(settings: TrainingSettings, source: Source) -> Forecast:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        source = Sketch(loaded.folder, loaded.model, loaded.revision)
         source.family.check_source(source)
         context = TrainingContext(settings, source, make_accelerator(settings.recipe, cpu=True), _no_progress())
     plan, recipe = context.plan, settings.recipe
@@ -123,7 +148,7 @@ def forecast(settings: TrainingSettings) -> Forecast:
         shape = source.family.latent_shape(source)
         flops = forward_flops(denoiser, shape, prompt)
         kept_bytes = saved_bytes(denoiser, shape, prompt, spec, recipe.fit.gradient_checkpointing)
-    passes = 2 if recipe.sampling.guidance_scale != 1 else 1
+    passes = 2 if recipe.sampling.guidance_scale > 1 else 1
     share = max(1, recipe.fit.batch_size // context.accelerator.num_processes)
     with mode:
         state = device_state(denoiser, spec, recipe)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from sdq_deploy.recipes.schema import OptimizerState
 from sdq_deploy.training.optimizer import moment_bytes
+from sdq_engines.process import peak_memory_bytes
 
 __all__ = ["peak_bytes", "reset_peak", "state_bytes"]
 
-_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
 
 
 def state_bytes(parameters: Iterable[nn.Parameter], moments: OptimizerState = "fp32") -> int:
@@ -44,15 +43,4 @@ def peak_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    if _STATUS.is_file():
-        fields: dict[str, Any] = dict(
-            line.split(":", 1) for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
-        )
-        if "VmHWM" in fields:
-            return int(fields["VmHWM"].split()[0]) * 1024
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory_bytes()

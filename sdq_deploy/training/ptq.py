@@ -12,6 +12,7 @@ from sdq_deploy.models import resolve_model
 from sdq_deploy.recipes.load import recipe_from
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import load_split
+from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.methods.modelopt_scales import ModeloptAlgorithm, modelopt_scales
 from sdq_deploy.training.run import make_accelerator, read_settings
 from sdq_deploy.training.student import Student
@@ -59,7 +60,11 @@ def quantize_without_training(
         scales = modelopt_scales(teacher, spec, data, algorithm, SAMPLES_PER_STEP)
     tensors = Student(context.source.denoiser, context.timesteps, spec, scales).tensors()
     info = CheckpointInfo(
-        spec=spec, sampler=context.sampler_settings, source=context.source_ref, notes={"untrained": method}
+        spec=spec,
+        sampler=context.sampler_settings,
+        source=context.source_ref,
+        text=context.text,
+        notes={"untrained": method},
     )
     return info, tensors
 
@@ -75,8 +80,11 @@ def _context_of(run: Path, source: Source | None) -> TrainingContext:
         prompts=tuple(recorded.get("prompts", ())),
         seed=recorded.get("seed", 0),
         revision=recorded.get("revision"),
+        embeddings=tuple(recorded.get("embeddings", ())),
     )
-    loaded = source or load_source(resolve_model(settings.model), settings.revision)
+    folder = RunFolder(run)
+    where = folder.model if folder.prepared.is_file() else resolve_model(settings.model)
+    loaded = source or load_source(where, settings.revision)
     context = TrainingContext(settings, loaded, make_accelerator(settings.recipe, cpu=True), Progress(disable=True))
     if not context.folder.scales.is_file():
         raise SdqError(f"The run {run} is not calibrated yet.", "Continue it with: sdq-deploy train … --resume")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdq_deploy.models import EMBEDDED
+from sdq_deploy.lora import Lora
+from sdq_deploy.models import EMBEDDED, no_single_file
 from sdq_deploy.recipes.load import read_recipe, recipe_from, with_overrides
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingSettings
+from sdq_deploy.training.prepare import base_identity
 from sdq_deploy.training.prompt_files import read_prompts
 from sdq_deploy.training.prompts import shapes_prompts
 from sdq_deploy.training.run import read_settings
 from sdq_engines.errors import SdqError
+from sdq_export.single_file import FromFile, family_of_file, is_single_file
 
 __all__ = ["default_recipe", "resolve_settings"]
 
 
-def default_recipe(model: str, revision: str | None = None) -> str:
+def default_recipe(model: str, revision: str | None = None, from_file: FromFile | None = None) -> str:
     """The recipe of a model's family.
 
     Raises:
@@ -28,6 +31,8 @@ def default_recipe(model: str, revision: str | None = None) -> str:
         return EMBEDDED
     from sdq_export.source import load_source
 
+    if is_single_file(model):
+        return family_of_file(Path(model), from_file or FromFile()).recipe
     return load_source(model, revision).family.recipe
 
 
@@ -41,9 +46,13 @@ def resolve_settings(
     prompt_column: str | None = None,
     seed: int | None = None,
     revision: str | None = None,
+    embeddings: Sequence[str] = (),
+    loras: Sequence[Lora] = (),
+    from_file: FromFile | None = None,
     resume: bool = False,
 ) -> TrainingSettings:
-    """Settle every value. A resumed run keeps its recipe, prompts and seed but for what is given here.
+    """Settle every value. A resumed run keeps its recipe, prompts, seed, adapters and embeddings but for what is
+    given here.
 
     Raises:
         SdqError: mistakes in the recipe or the prompts; the run folder trains another model.
@@ -51,16 +60,18 @@ def resolve_settings(
     # An absolute path, for the checkpoint has to find its source from anywhere.
     named = str(Path(model).resolve()) if model != EMBEDDED and Path(model).exists() else model
     recorded = read_settings(out) if resume else {}
-    if recorded and recorded["model"] != named:
-        raise SdqError(f"The run {out} trains {recorded['model']}, not {named}.", "Give its model, or another --out.")
+    if from_file is not None and from_file.given and not is_single_file(model):
+        raise no_single_file(model)
+    if from_file is None or not from_file.given:
+        from_file = FromFile.model_validate(recorded.get("from_file", {}))
     if recorded and recipe is None:
         tree, origin = recorded["recipe"], str(out)
     else:
-        origin = recipe or default_recipe(model, revision)
+        origin = recipe or default_recipe(model, revision, from_file)
         tree = read_recipe(origin)
     tree = with_overrides(tree, overrides)
     chosen = recipe_from(tree, origin)
-    return TrainingSettings(
+    settings = TrainingSettings(
         model=named,
         out=out,
         recipe=chosen,
@@ -68,7 +79,24 @@ def resolve_settings(
         prompts=_prompts(model, chosen, prompt_file, prompt_column, recorded),
         seed=seed if seed is not None else recorded.get("seed", 0),
         revision=revision or recorded.get("revision"),
+        embeddings=_embeddings(embeddings) or tuple(recorded.get("embeddings", ())),
+        loras=tuple(loras) or tuple(_recorded_lora(each) for each in recorded.get("loras", ())),
+        from_file=from_file,
     )
+    # a model that was moved is known by its hash
+    if recorded and recorded["model"] != named and recorded.get("identity") != base_identity(settings):
+        raise SdqError(f"The run {out} trains {recorded['model']}, not {named}.", "Give its model, or another --out.")
+    return settings
+
+
+def _recorded_lora(entry: Mapping[str, Any]) -> Lora:
+    return Lora(Path(entry["path"]), entry["weight"], entry["sha256"])
+
+
+def _embeddings(texts: Sequence[str]) -> tuple[str, ...]:
+    """NAME=FILE each, the file's path made absolute; what is not that is left for the reader to refuse."""
+    split = [text.partition("=") for text in texts]
+    return tuple(f"{name}={Path(file).expanduser().absolute()}" if file else name for name, _, file in split)
 
 
 def _prompts(

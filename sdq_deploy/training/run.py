@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sdq_deploy.libraries import quiet_libraries
-from sdq_deploy.models import resolve_model
+from sdq_deploy.models import open_model
 from sdq_deploy.processes import LONGEST_WAIT
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
@@ -17,10 +18,11 @@ from sdq_deploy.training.dataset import INDEX
 from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.methods.checks import check_method
 from sdq_deploy.training.optimizer import check_optimizer
+from sdq_deploy.training.prepare import is_prepared, prepare_model
 from sdq_deploy.training.runner import run_stages
 from sdq_engines.errors import SdqError
-from sdq_engines.files import claim_output
-from sdq_export.source import Source, load_source
+from sdq_engines.files import claimed_folder
+from sdq_export.source import Source
 
 __all__ = ["make_accelerator", "read_settings", "recorded_settings", "run_training"]
 
@@ -77,7 +79,7 @@ def run_training(
 
     Raises:
         SdqError: the output is not ours, holds a run and `resume` is not given, or the settings do not work;
-            the method does not fit the precision or the processes.
+            the method does not fit the precision or the processes; another training writes to the output.
         KeyboardInterrupt: with the command that continues as its message.
     """
     from sdq_deploy.cli.shared import new_progress
@@ -86,31 +88,53 @@ def run_training(
     check_optimizer(settings.recipe.fit)
     accelerator = make_accelerator(settings.recipe, cpu=cpu)
     check_method(settings.recipe, accelerator.num_processes)
-    if accelerator.is_main_process:
-        _claim(settings, resume)
-    accelerator.wait_for_everyone()
-    progress = new_progress()
-    progress.disable = quiet or not accelerator.is_main_process
-    loaded = source or load_source(resolve_model(settings.model), settings.revision)
+    with _claimed(settings, resume) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        progress = new_progress()
+        progress.disable = quiet or not accelerator.is_main_process
+        try:
+            with progress:
+                return _train(settings, source, dataset, accelerator, progress)
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"Continue with: {resume_command(settings)}") from interrupt
+
+
+def _train(
+    settings: TrainingSettings, source: Source | None, dataset: Path | None, accelerator: Any, progress: Any
+) -> list[str]:
+    loaded, ran = _model(settings, source, accelerator, progress)
     loaded.family.check_source(loaded)  # what could not be exported is not trained
     context = TrainingContext(settings, loaded, accelerator, progress)
-    try:
-        with progress, _restored_denoiser(context):
-            if dataset is not None and accelerator.is_main_process:
-                _adopt_dataset(context, dataset)
-            accelerator.wait_for_everyone()
-            return run_stages(context, recorded_settings(settings))
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"Continue with: {resume_command(settings)}") from interrupt
+    with _restored_denoiser(context):
+        if dataset is not None and accelerator.is_main_process:
+            _adopt_dataset(context, dataset)
+        accelerator.wait_for_everyone()
+        identity = context.folder.read_identity() if is_prepared(settings) else loaded.sha256
+        return [*ran, *run_stages(context, recorded_settings(settings) | {"identity": identity})]
 
 
-def _claim(settings: TrainingSettings, resume: bool) -> None:
-    folder = RunFolder(claim_output(settings.out, "run"))
-    if folder.status_file.is_file() and not resume:
-        raise SdqError(
-            f"{settings.out} already holds a training (status: {folder.read_status()['status']}).",
-            f"Continue it with: {resume_command(settings)}, or give another --out.",
-        )
+def _model(
+    settings: TrainingSettings, source: Source | None, accelerator: Any, progress: Any
+) -> tuple[Source, list[str]]:
+    """The model to train, and the stages that had to run for it."""
+    if source is not None:
+        return source, []
+    if is_prepared(settings):
+        return prepare_model(settings, accelerator, progress, recorded_settings(settings))
+    return open_model(settings.model, settings.revision), []
+
+
+@contextlib.contextmanager
+def _claimed(settings: TrainingSettings, resume: bool) -> Iterator[None]:
+    """The run's folder for a block; another training of it is refused meanwhile."""
+    with claimed_folder(settings.out, "run", "train") as out:
+        folder = RunFolder(out)
+        if folder.status_file.is_file() and not resume:
+            raise SdqError(
+                f"{settings.out} already holds a training (status: {folder.read_status()['status']}).",
+                f"Continue it with: {resume_command(settings)}, or give another --out.",
+            )
+        yield
 
 
 def resume_command(settings: TrainingSettings) -> str:
@@ -129,9 +153,12 @@ def recorded_settings(settings: TrainingSettings) -> dict[str, Any]:
     return {
         "model": settings.model,
         "revision": settings.revision,
+        "loras": [{"path": str(lora.path), "weight": lora.weight, "sha256": lora.sha256} for lora in settings.loras],
+        "from_file": settings.from_file.model_dump(mode="json"),
         "recipe": settings.recipe_tree or settings.recipe.model_dump(mode="json"),
         "prompts": list(settings.prompts),
         "seed": settings.seed,
+        "embeddings": list(settings.embeddings),
     }
 
 

@@ -57,6 +57,8 @@ def _collect_inputs(context: TrainingContext) -> Any:
         recipe.collect.model_dump(mode="json"),
         context.prompt_hash,
         context.seed,
+        context.text.model_dump(mode="json"),
+        [[embedding.name, embedding.sha256] for embedding in context.source.embeddings],
     ]
 
 

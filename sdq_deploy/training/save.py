@@ -22,7 +22,14 @@ def save(context: TrainingContext) -> None:
         "recipe": context.recipe.model_dump(mode="json"),
         "seed": context.seed,
     }
-    info = CheckpointInfo(spec=context.spec, sampler=context.sampler_settings, source=context.source_ref, notes=notes)
+    info = CheckpointInfo(
+        spec=context.spec,
+        sampler=context.sampler_settings,
+        source=context.source_ref,
+        text=context.text,
+        notes=notes,
+    )
     with context.bar("save", 1) as advance:
-        save_checkpoint(context.folder.path / CHECKPOINT_FOLDER, info, load_file(context.folder.fit / BEST))
+        tensors = load_file(context.folder.fit / BEST)
+        save_checkpoint(context.folder.path / CHECKPOINT_FOLDER, info, tensors, context.source.embeddings)
         advance()

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from sdq_engines.package.store import open_package
-from tests.deploy.training.test_cli import sdq_train
-from tests.e2e.test_sd_recipe import FEWER, run
+from tests.commands import fewer_options, run
 from tests.tiny import write_tiny_sd
 
 pytestmark = pytest.mark.slow
@@ -20,9 +19,7 @@ def test_train_export_and_paint(tmp_path: Path) -> None:
     prompts, trained, package, out = (tmp_path / name for name in ("prompts.txt", "run", "package", "image.png"))
     checkpoint = write_tiny_sd(tmp_path / "checkpoint", inpainting=True)
     prompts.write_text("\n".join(f"a red circle number {index}" for index in range(6)), encoding="utf-8")
-    options = [word for key, value in FEWER.items() for word in ("--set", f"{key}={value}")]
-    result = sdq_train(checkpoint, "--out", trained, "--recipe", "sd", "--prompts", prompts, "--cpu", *options)
-    assert result.returncode == 0, result.stderr
+    run("train", checkpoint, "--out", trained, "--recipe", "sd", "--prompts", prompts, "--cpu", *fewer_options())
     run("export", trained, "--out", package, "--dynamic-size",
         "--engine", "openvino", "--size", "64x64", "--size", "96x64")  # fmt: skip
     manifest = open_package(package).manifest

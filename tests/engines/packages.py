@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import LICENSE, SAMPLER, TOKENIZER, model_file
-from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo, SourceInfo, TextInfo
+from sdq_engines.package.schema import CallDefaults, Manifest, ModelIO, SamplerInfo, SourceInfo, TextInfo
 from sdq_engines.package.store import Package
 from tests.engines.graphs import KEY, VALUE, TinyShape, component
 
@@ -78,6 +78,7 @@ def manifest(shape: TinyShape) -> Manifest:
         ),
         text=[text],
         sampler=sampler,
+        defaults=CallDefaults(image_strength=0.8, inpaint_strength=1.0),
         source=SourceInfo(model="hand-made", revision=None, sha256="0" * 64, license="CC0", changes="None."),
         components={name: model_file(name) for name in shape.components},
         tools={},

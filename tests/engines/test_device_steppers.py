@@ -66,8 +66,8 @@ def run(stepper: Stepper, package: Package) -> list[np.ndarray]:
     return made
 
 
-def reference(package: Package) -> list[np.ndarray]:
-    component = OnnxRuntimeComponent(open_session(package.component(DENOISER)), "cpu")
+def reference(package: Package, component: OnnxRuntimeComponent | None = None) -> list[np.ndarray]:
+    component = component or OnnxRuntimeComponent(open_session(package.component(DENOISER)), "cpu")
     latents, guidance, rows, prompt = start(package)
     return run(HostStepper(component, package.manifest, latents, guidance, rows, prompt), package)
 
@@ -76,7 +76,7 @@ def test_io_binding_equals_plain_calls(package: Package) -> None:
     component = OnnxRuntimeComponent(open_session(package.component(DENOISER)), "cpu")
     latents, guidance, rows, prompt = start(package)
     made = run(DeviceStepper(component, package, latents, guidance, rows, prompt), package)
-    for ours, wanted in zip(made, reference(package), strict=True):
+    for ours, wanted in zip(made, reference(package, component), strict=True):
         np.testing.assert_array_equal(ours, wanted)
 
 

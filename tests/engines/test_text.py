@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdq_engines.package.schema import TextInfo
-from sdq_engines.runtime.text import PromptTokenizer
+from sdq_engines.runtime.text import PromptTokenizer, load_tokenizer
 
 PROMPTS = [
     "",
@@ -33,7 +33,8 @@ def test_ids_equal_transformers(tiny_sd: Path, tmp_path: Path, caplog: pytest.Lo
         bos_token_id=theirs.bos_token_id,
         eos_token_id=theirs.eos_token_id,
     )
-    ours = PromptTokenizer(file, info).encode(PROMPTS)
+    tokenizer = PromptTokenizer(load_tokenizer(file), info)
+    ours = np.concatenate([tokenizer.encode(prompt).ids for prompt in PROMPTS])
     wanted = theirs(PROMPTS, padding="max_length", max_length=info.max_length, truncation=True, return_tensors="np")
     np.testing.assert_array_equal(ours, wanted.input_ids)
     assert ours.dtype == np.int64

@@ -57,10 +57,23 @@ def test_a_second_command_is_refused_and_told_who_is_first(tmp_path: Path) -> No
     with refused, claimed_folder(tmp_path, "package", "export"):
         pass
     assert is_held(tmp_path, JOB)
+    (tmp_path / "first.txt").write_text("of a command that has not yet said whose the folder is to be", "utf-8")
+    with pytest.raises(SdqError, match="written by another process"), claimed_folder(tmp_path, "package", "export"):
+        pass
+    (tmp_path / "first.txt").unlink()
     process.communicate()
     with claimed_folder(tmp_path, "package", "export") as folder:  # a lock file does not make it another's
         assert holder(folder, JOB) is not None
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_not_there_is_not_left_empty(tmp_path: Path) -> None:
+    with pytest.raises(SdqError, match="refused"), claimed_folder(tmp_path / "new", "run", "train"):
+        raise SdqError("refused")
+    assert not (tmp_path / "new").exists()
+    with claimed_folder(tmp_path / "new", "run", "train") as folder:
+        (folder / "run.json").write_text('{"kind": "sdq-run"}', "utf-8")
+    assert (tmp_path / "new" / "run.json").is_file()
 
 
 def test_a_killed_holder_holds_nothing(tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
 
+from sdq_engines import Pipeline
+from sdq_engines.build import build_engine
 from sdq_export.sampler import SamplerPlan, compile_sampler, make_scheduler
 from sdq_export.source import Source, load_source
 from sdq_export.writer import ExportResult, export_package
 from tests.export.quantized import quantized_checkpoint
 
-GUIDANCE = 4.0
+GUIDANCE, OTHER_STEPS = 4.0, 8
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +56,14 @@ def quantized_package(source: Source, tmp_path_factory: pytest.TempPathFactory) 
     plan = plan_of(source, "dpmpp-2m")
     out = tmp_path_factory.mktemp("packages") / "w4a8"
     return export_package(source, out, plan, GUIDANCE, checkpoint=quantized_checkpoint(source, plan, "w4a8"))
+
+
+@pytest.fixture(scope="session", params=["sdxl", "sd3"])
+def other_family(
+    request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Source, Pipeline]:
+    """Another family's checkpoint and its FP32 package on onnxruntime, with the checkpoint's own scheduler."""
+    folder, source = tmp_path_factory.mktemp(request.param), load_source(tiny(request.param))
+    plan = compile_sampler(source.scheduler, OTHER_STEPS)
+    made = export_package(source, folder / "package", plan, GUIDANCE, dtype="fp32")
+    return source, Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")

@@ -104,6 +104,11 @@ def test_an_unfinished_run_is_refused(run_folder: Path, tmp_path: Path, capsys: 
         (["--vae", "int4"], "--vae takes int8, not 'int4'"),
         (["--vae", "fp16", "--dtype", "fp32"], "--vae takes int8, not 'fp16'"),
         (["--prologue", "int4"], "An INT4 prologue is for quantized packages"),
+        (["--prompt-chunks", "0"], "--prompt-chunks takes 1 to 16, not 0"),
+        (["--clip-skip", "-1"], "--clip-skip takes 0 or more layers, not -1"),
+        (["--clip-skip", "2"], "clip_skip is 2, and the text_encoder of"),
+        (["--embedding", "style.safetensors"], "--embedding takes NAME=FILE"),
+        (["--embedding", "style=missing.safetensors"], "The embedding missing.safetensors does not exist"),
         (["--batch", "4,1"], "--batch takes three whole numbers"),
         (["--batch", "4,1,2"], "not ordered"),
         (["--batch", "0,1,2"], "--batch takes three whole numbers"),
@@ -135,6 +140,6 @@ def test_a_setting_that_is_not_linear_is_named(
 
     model = shutil.copytree(tiny_sd, tmp_path / "model")
     config = model / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "clip_sample": True}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "thresholding": True}))
     message = refused([str(model), "--out", str(tmp_path / "p"), "--num-inference-steps", "5"], capsys)
-    assert "DDIMScheduler with clip_sample=True is not linear" in message
+    assert "DDIMScheduler with thresholding=True is not linear" in message

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 
@@ -21,6 +20,7 @@ from sdq_export.source import Source
 from sdq_export.writer import export_package
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
+from tests.nearness import relative
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_engines_compute_the_same_as_with_the_weights_inside(packages: tuple[Pac
     beside, inside = (
         Pipeline.load(package.folder, engine=engine)("a red circle", seed=3).latents for package in packages
     )
-    assert np.array_equal(beside, inside)
+    assert relative(beside, inside) < 2e-2  # two executables of one quantized network
 
 
 def test_a_lowered_graph_too(

@@ -24,13 +24,13 @@ from sdq_export.sampler import compile_sampler, make_scheduler, run_sampler
 from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import export_package
-from tests.export.conftest import GUIDANCE, plan_of
+from tests.export.conftest import GUIDANCE, OTHER_STEPS, plan_of
 from tests.export.quantized import quantized_checkpoint
 from tests.images import psnr
 
 pytestmark = pytest.mark.slow
 
-STEPS, PROMPTS, SEEDS = 8, ["a red circle", "two blue stars"], [3, 4]
+STEPS, PROMPTS, SEEDS = OTHER_STEPS, ["a red circle", "two blue stars"], [3, 4]
 SCHEDULERS = ["ddim", "pndm", "euler", "dpmpp-2m"]
 IMAGE_TO_IMAGE, INPAINT = "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"
 
@@ -128,26 +128,28 @@ def test_inpainting_with_a_four_channel_denoiser(
     assert relative(ours(pipeline, image=images, mask_image=masks[::-1], strength=strength), wanted) > 1e-3
 
 
-@pytest.fixture(scope="module", params=["sdxl", "sd3"])
-def other_family(
-    request: pytest.FixtureRequest, tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Source, Pipeline]:
-    """Another family's checkpoint and its FP32 package on onnxruntime, with the checkpoint's own scheduler."""
-    folder, source = tmp_path_factory.mktemp(request.param), load_source(tiny(request.param))
-    plan = compile_sampler(source.scheduler, STEPS)
-    made = export_package(source, folder / "package", plan, GUIDANCE, dtype="fp32")
-    return source, Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
-
-
 @pytest.mark.parametrize(
-    ("masks", "strength"), [(None, 0.3), (None, 0.75), ([mask(), mask().rotate(90)], 0.6), ([mask(), mask()], 1.0)]
+    ("masks", "strength"),
+    [
+        (None, 0.3),
+        (None, 0.75),
+        (None, None),
+        ([mask(), mask().rotate(90)], 0.6),
+        ([mask(), mask()], 1.0),
+        ([mask(), mask()], None),
+    ],
 )
 def test_other_families_start_from_images(
-    other_family: tuple[Source, Pipeline], masks: list[Image.Image] | None, strength: float
+    other_family: tuple[Source, Pipeline], masks: list[Image.Image] | None, strength: float | None
 ) -> None:
-    """Stable Diffusion 3 makes 3 of 8 steps at strength 0.3, the others 2; and its latents are shifted."""
+    """Stable Diffusion 3 makes 3 of 8 steps at strength 0.3, the others 2; and its latents are shifted.
+
+    Without a strength each takes its family's own.
+    """
     source, pipeline = other_family
-    options = {"image": [picture(1), picture(2)], "strength": strength} | ({"mask_image": masks} if masks else {})
+    options: dict[str, Any] = {"image": [picture(1), picture(2)]}
+    options |= {"mask_image": masks} if masks else {}
+    options |= {} if strength is None else {"strength": strength}
     stem = source.family.pipeline.removesuffix("Pipeline")
     wanted = by_diffusers(source, None, f"{stem}{'Inpaint' if masks else 'Img2Img'}Pipeline", **options)
     require_equal(ours(pipeline, **options), wanted)

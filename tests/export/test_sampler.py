@@ -95,6 +95,37 @@ def test_equals_diffusers_at_the_end_of_the_trajectory(name: str, steps: int) ->
         assert relative(compiled_loop(plan, start, noise, clean), wanted) <= 1e-4, (start, plan.calls)
 
 
+@pytest.mark.parametrize("steps", [1, 4, 8])
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+def test_at_zero_snr_the_end_is_as_near_as_fp32_allows(kind: str, steps: int) -> None:
+    """The first sigma is 4096: a step takes latents of that size, whose last FP32 digit is 5e-4, and leaves small ones.
+
+    So far from each other may the same formulas be, rounded in another order.
+    """
+
+    def make() -> Any:
+        return getattr(diffusers, kind).from_config(
+            SD_CONFIG, prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+        )
+
+    plan = compile_sampler(make(), steps)
+    assert plan.init_noise_sigma[0] == pytest.approx(4096, rel=1e-3)
+    noise, clean = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    found, wanted = compiled_loop(plan, 0, noise, clean), diffusers_loop(make(), steps, 0, noise, clean)
+    assert relative(found, wanted) <= 5e-4 / float(wanted.std())
+    if steps > 1:  # from a later start no such number is in the way
+        start = plan.calls - 1
+        found, wanted = compiled_loop(plan, start, noise, clean), diffusers_loop(make(), steps, start, noise, clean)
+        assert relative(found, wanted) <= 1e-5
+
+
+def test_a_division_by_zero_is_said() -> None:
+    """At zero SNR a prediction of the noise says nothing of the image; diffusers' own loop ends in NaN."""
+    scheduler = diffusers.DDIMScheduler.from_config(SD_CONFIG, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(SdqError, match="infinities or NaN of finite numbers"):
+        compile_sampler(scheduler, 4)
+
+
 def test_history_is_what_each_sampler_needs() -> None:
     needed = {name: compile_sampler(make_scheduler(name, SD_CONFIG), 10).history for name in SCHEDULER_NAMES}
     assert needed == {
@@ -153,6 +184,15 @@ def test_a_file_that_is_no_sampler_is_refused(tmp_path: Path) -> None:
         (diffusers.DDIMScheduler(clip_sample=False, thresholding=True), "thresholding"),
         (diffusers.DPMSolverMultistepScheduler(thresholding=True), "thresholding"),
         (diffusers.LCMScheduler(clip_sample=True), "clip_sample"),
+        (
+            diffusers.DDIMScheduler(
+                clip_sample=True,
+                prediction_type="v_prediction",
+                timestep_spacing="trailing",
+                rescale_betas_zero_snr=True,
+            ),
+            "clip_sample",
+        ),
         (diffusers.DDPMScheduler(clip_sample=True), "clip_sample"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -80,6 +82,23 @@ def test_a_hub_id_loads_from_the_cache(checkpoint: Path, tmp_path: Path, monkeyp
     assert source.sha256 == load_source(checkpoint).sha256
     for part in source.family.parts:
         assert source.part(part) is source.part(part)
+
+
+def test_of_a_hub_id_all_parts_that_the_index_names_are_fetched(
+    tiny: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also Stable Diffusion 3's third text encoder, which may be left out of a download by hand."""
+    hub, cache = tiny("sd3-t5"), tmp_path / "cache"
+
+    def snapshot_download(model: str, revision: str | None, allow_patterns: list[str]) -> str:
+        for file in (path.relative_to(hub) for path in hub.rglob("*") if path.is_file()):
+            if any(fnmatch(file.as_posix(), pattern) for pattern in allow_patterns):
+                (cache / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(hub / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert "text_encoder_3" in load_source("someone/model").family.parts
 
 
 def test_missing() -> None:

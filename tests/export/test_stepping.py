@@ -12,6 +12,7 @@ from torch import Tensor
 from sdq_engines.errors import SdqError
 from sdq_export.conditioning import TEXT_INPUT, Conditioning
 from sdq_export.stepping import StepDenoiser
+from tests.nearness import FLOAT_NOISE, relative
 from tests.tiny import WIDTH, prompt_rows, tiny_unet
 
 TIMESTEPS = torch.tensor([981, 500, 501, 1])
@@ -30,7 +31,7 @@ def test_equals_the_unet_at_mixed_steps() -> None:
     latents, steps, text = inputs()
     with torch.no_grad():
         wanted = unet(latents, TIMESTEPS[steps], text.tensors[TEXT_INPUT]).sample
-        assert torch.equal(denoiser(latents, steps, text), wanted)
+        assert relative(denoiser(latents, steps, text), wanted) <= FLOAT_NOISE
     # The rows really differ by step: the same call with other steps is another answer.
     with torch.no_grad():
         assert not torch.allclose(denoiser(latents, steps.flip(0), text), wanted, atol=1e-3)
@@ -62,7 +63,7 @@ def test_checkpointing_recomputes_with_the_steps_of_its_own_forward() -> None:
         loss.backward()
         gradients.append([parameter.grad.clone() for parameter in denoiser.parameters() if parameter.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 100
-    assert max((a - b).abs().max().item() for a, b in zip(*gradients, strict=True)) == 0.0
+    assert max(relative(a, b) for a, b in zip(*gradients, strict=True)) <= FLOAT_NOISE
 
 
 def test_the_step_is_unknown_outside_a_call() -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
-from sdq_export.source import Source
+from sdq_engines.package.schema import TextInfo
+from sdq_engines.runtime.text import PromptTokenizer, load_tokenizer
+from sdq_export.source import Source, load_source
 from sdq_export.tokenizer import text_info, tokenizer_json
 
 CAPTIONS = [
@@ -62,3 +68,33 @@ def test_every_encoding_has_the_models_length(source: Source, packaged: Tokenize
         assert len(ids) == info.max_length
         assert ids[0] == info.bos_token_id
         assert info.eos_token_id in ids
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+def test_a_textual_inversion_of_several_vectors_is_written_out(
+    kind: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As saved with the pipeline; Stable Diffusion 3's pipeline knows no textual inversions, so there it is not."""
+    source = load_source(tiny(kind))
+    pipeline = source.pipeline(source.scheduler)
+    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    if kind == "sd3":
+        tokenizer.add_tokens(["<dog>", "<dog>_1"])
+    else:
+        encoder = copy.deepcopy(pipeline.text_encoder)
+        vectors = torch.randn(4, encoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        pipeline.load_textual_inversion({"<dog>": vectors}, tokenizer=tokenizer, text_encoder=encoder)
+        pipeline.load_textual_inversion({"<one>": vectors[:1]}, tokenizer=tokenizer, text_encoder=encoder)
+    source = copy.copy(source)
+    source._parts = {**source._parts, "tokenizer": tokenizer}
+    first = source.family.text_encoders[0]
+    info = text_info(source, first)
+    assert info.written_out == ({} if kind == "sd3" else {"<dog>": "<dog> <dog>_1 <dog>_2 <dog>_3"})
+    file = tmp_path / "tokenizer.json"
+    file.write_text(tokenizer_json(tokenizer, first.length(source)), "utf-8")
+    packaged = PromptTokenizer(load_tokenizer(file), TextInfo.model_validate_json(info.model_dump_json()))
+    prompts = ["a <dog> circle", "<dog>", "<DOG> red", "<one> <dog> <dog>", "<dog>_1 red", "a<dog>b", "a red circle"]
+    written = [p if kind == "sd3" else pipeline.maybe_convert_prompt(p, tokenizer) for p in prompts]
+    wanted = tokenizer(written, padding="max_length", max_length=16, truncation=True).input_ids
+    assert [packaged.encode(prompt).ids[0].tolist() for prompt in prompts] == wanted
+    assert first.token_ids(source, prompts).tolist() == wanted

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from sdq_engines.backends.base import Availability, Backend
 from sdq_engines.errors import SdqError
 
-__all__ = ["AUTO", "ENGINE_NAMES", "backend", "check_engine_name", "fastest", "names"]
+__all__ = ["AUTO", "ENGINE_NAMES", "backend", "check_engine_name", "fastest"]
 
 AUTO = "auto"
 
@@ -22,11 +22,6 @@ _HOMES = {
     "onnxruntime": "sdq_engines.backends.onnxruntime",
 }
 ENGINE_NAMES = tuple(_HOMES)
-
-
-def names() -> tuple[str, ...]:
-    """The engines in the order of `auto`."""
-    return ENGINE_NAMES
 
 
 def check_engine_name(name: str) -> None:

@@ -10,8 +10,11 @@ from sdq_engines.package.layout import ENGINES, TEXT_ENCODER
 
 __all__ = [
     "EXTRA_CHANNELS",
+    "NEGATIVE_OUTPUT",
     "SCHEMA_VERSION",
     "SIZE_INPUT",
+    "TEXT_OUTPUT",
+    "CallDefaults",
     "EngineEntry",
     "FileEntry",
     "KernelCounts",
@@ -29,6 +32,10 @@ SCHEMA_VERSION = 1
 
 #: The prologue's input for the image's size: original size, crop's corner and target size, FP32 [n, 6].
 SIZE_INPUT = "time_ids"
+
+#: A text encoder's output for each token, [n, L, D], and the one that stands in its place for negative prompts where
+#: they are not encoded the same (`export --clip-skip`).
+TEXT_OUTPUT, NEGATIVE_OUTPUT = "text_embeddings", "negative_text_embeddings"
 
 #: The denoiser's input for `ModelIO.extra_channels`, [batch, extra, h, w], the same in every step.
 EXTRA_CHANNELS = "extra_channels"
@@ -79,10 +86,16 @@ class TextInfo(_Strict):
     tokenizer: str
     """Path of tokenizer.json, relative to the package."""
     max_length: int = Field(gt=0)
-    """Tokens a prompt is padded or cut to, begin and end marks included."""
+    """Tokens that a chunk of a prompt is padded or cut to, begin and end marks included."""
+    chunks: int = Field(default=1, ge=1)
+    """How many chunks a prompt is padded or cut to."""
+    clip_skip: int = Field(default=0, ge=0)
+    """Layers at the encoder's end that prompts are not passed through; negative prompts are, as in diffusers."""
     pad_token_id: int
     bos_token_id: int
     eos_token_id: int
+    written_out: dict[str, str] = Field(default_factory=dict)
+    """Token of a textual inversion of several vectors -> what a prompt has in its place, a token for each vector."""
 
 
 class SamplerInfo(_Strict):
@@ -105,13 +118,22 @@ class SamplerInfo(_Strict):
     """Model calls per step where diffusers counts them so (Heun: 2); a run from an image starts at a multiple of it."""
 
 
+class CallDefaults(_Strict):
+    """What a call takes where the caller names nothing: the defaults of diffusers' pipelines of the same family."""
+
+    image_strength: float = Field(gt=0, le=1)
+    """Of a run from an image."""
+    inpaint_strength: float = Field(gt=0, le=1)
+    """Of a run from an image and a mask."""
+
+
 class SourceInfo(_Strict):
     """The checkpoint that this package was made from."""
 
     model: str
     revision: str | None
     sha256: str
-    """Of the denoiser's weights file(s)."""
+    """Over all its parts that are read: weights, configurations, tokenizers."""
     license: str
     """Its identifier or first line, as the source states it; "unknown" where it states none."""
     changes: str
@@ -187,6 +209,7 @@ class Manifest(_Strict):
     io: ModelIO
     text: list[TextInfo]
     sampler: SamplerInfo
+    defaults: CallDefaults
     source: SourceInfo
     components: dict[str, str]
     """Component -> canonical ONNX file, relative to the package; in the order in which a prompt passes through them."""

@@ -61,11 +61,11 @@ def open_picture(pictured: Pictured, what: str) -> Image:
 
     if isinstance(pictured, images.Image):
         _check_not_empty(pictured.size, what)
-        return image_to_8_bits(pictured, what)
+        return pictured
     if isinstance(pictured, np.ndarray):
         return images.fromarray(array_to_8_bits(_checked(pictured, what), what))
     if isinstance(pictured, str | os.PathLike):
-        return image_to_8_bits(_read(Path(pictured), what), what)
+        return _read(Path(pictured), what)
     raise SdqError(
         f"{what} is a {type(pictured).__name__}; a PIL image, an array or a file's path is wanted.",
         f"For example {what}='photo.png'.",
@@ -74,6 +74,7 @@ def open_picture(pictured: Pictured, what: str) -> Image:
 
 def pixels(picture: Image, size: tuple[int, int]) -> np.ndarray:
     """FP32 [3, height, width] in [-1, 1]; `size` is (height, width)."""
+    picture = image_to_8_bits(picture, "image")
     if _shows_through(picture):
         _logger.warning("The image is transparent in places; the colours that are stored there are used.")
     scaled = _resized(picture.convert("RGB"), size, "image")
@@ -82,7 +83,7 @@ def pixels(picture: Image, size: tuple[int, int]) -> np.ndarray:
 
 def mask_pixels(picture: Image, size: tuple[int, int]) -> np.ndarray:
     """FP32 [1, height, width]: 1 where to paint, 0 where to keep."""
-    scaled = _resized(picture.convert("L"), size, "mask")
+    scaled = _resized(image_to_8_bits(picture, "mask_image").convert("L"), size, "mask")
     painted = (np.asarray(scaled, np.float32) / 255.0 >= 0.5).astype(np.float32)[None]
     if not painted.any():
         _logger.warning("The mask is black everywhere, so nothing is painted; white is where to paint.")

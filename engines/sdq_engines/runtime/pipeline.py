@@ -22,6 +22,7 @@ from sdq_engines.package.held import while_unchanged
 from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER
 from sdq_engines.package.schema import Size
 from sdq_engines.package.store import Package, Verify, open_package
+from sdq_engines.runtime.arguments import as_choice, as_whole
 from sdq_engines.runtime.beginning import (
     Beginning,
     begin_from_noise,
@@ -36,6 +37,7 @@ from sdq_engines.runtime.pictures import Pictured
 from sdq_engines.runtime.prompts import ImageSize, PromptEncoder
 from sdq_engines.runtime.requests import (
     ImageRequest,
+    check_guidance,
     check_originals,
     check_sampler,
     check_size,
@@ -43,6 +45,7 @@ from sdq_engines.runtime.requests import (
     refuse_others,
 )
 from sdq_engines.runtime.sampler import SamplerTables
+from sdq_engines.runtime.wording import Wording, negative_wordings, prompt_wordings
 from sdq_engines.sizes import requested_size
 
 if TYPE_CHECKING:
@@ -140,12 +143,20 @@ class Pipeline:
         num_inference_steps: int | None = None,
         scheduler: str | None = None,
         original_size: tuple[int, int] | None = None,
-        crops_coords_top_left: tuple[int, int] = (0, 0),
+        crops_coords_top_left: tuple[int, int] | None = None,
         target_size: tuple[int, int] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        prompt_3: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_3: str | Sequence[str] | None = None,
+        prompt_weighting: str | bool | None = None,
         callback: Callable[[StepEvent], None] | None = None,
         **others: Any,
     ) -> PipelineOutput:
         """Make images.
+
+        Numbers and texts may be Python's or numpy's; a seed may also be 7.0 or "7". What could mean several things is
+        refused.
 
         Args:
             prompt: one or many.
@@ -156,11 +167,17 @@ class Pipeline:
             image: what to start from instead of noise, one for all or one per prompt: a PIL image, an array [H, W, 3]
                 of uint8, or a file's path; resized to the package's size, with a warning, where it has another.
             mask_image: paints only where this is white, keeps the rest of `image`; an array is [H, W] of uint8 or bool.
-            strength: how much of `image` to repaint, above 0 to 1; by default 0.8, with a mask 1, as in diffusers.
+            strength: how much of `image` to repaint, above 0 to 1; by default what diffusers' pipeline
+                of the same family takes (`manifest.defaults`).
             height, width: in pixels, within what the engine was built for; by default the package's own.
             num_inference_steps, scheduler: the package's, or nothing.
             original_size, crops_coords_top_left, target_size: what Stable Diffusion XL is told of the image's origin,
                 (height, width) in pixels; by default an uncropped image of the size that is made.
+            prompt_2, prompt_3: what the second and third text encoder read in place of `prompt`, for a model that has
+                them; one for all prompts or one each.
+            negative_prompt_2, negative_prompt_3: likewise, in place of `negative_prompt`.
+            prompt_weighting: "a1111" (or True) reads the weights in prompts, `(word:1.2)`, as AUTOMATIC1111's web UI
+                does (docs/prompts.md); by default a prompt is taken literally.
             callback: hears a `StepEvent` after each step.
             others: arguments of diffusers' pipelines; each is refused with the reason.
 
@@ -169,22 +186,35 @@ class Pipeline:
         """
         refuse_others(others)
         check_sampler(self.manifest, num_inference_steps, scheduler)
-        requests = plan_images(prompt, negative_prompt, seed, num_images_per_prompt)
+        weighted = as_choice(prompt_weighting, "prompt_weighting", "a1111") is not None
+        prompts = prompt_wordings(
+            prompt, {"prompt_2": prompt_2, "prompt_3": prompt_3}, self.prompts.components, weighted
+        )
+        negatives = negative_wordings(
+            negative_prompt,
+            {"negative_prompt_2": negative_prompt_2, "negative_prompt_3": negative_prompt_3},
+            self.prompts.components,
+            len(prompts),
+            weighted,
+            self.manifest.io.force_zeros_for_empty_prompt,
+        )
+        requests = plan_images(prompts, negatives, seed, num_images_per_prompt)
+        height, width = (None if n is None else as_whole(n, name) for n, name in ((height, "height"), (width, "width")))
         size = requested_size(self.package, self.engine, self.session.entry.profile, height, width)
         strength = check_originals(self.manifest, image, mask_image, strength)
         begin = (
             self._from_noise(size)
             if strength is None
-            else self._from_originals(image, mask_image, strength, 1 + requests[-1].prompt_index, size)
+            else self._from_originals(image, mask_image, strength, len(prompts), size)
         )
-        guidance = self.manifest.sampler.guidance_scale if guidance_scale is None else float(guidance_scale)
+        guidance = check_guidance(self.manifest, guidance_scale)
         told = check_size(self.prompts.takes_size, size, original_size, crops_coords_top_left, target_size)
-        prompts = self._conditioning(requests, guidance, told)
+        texts = self._conditioning(requests, guidance, told)
         latents, images, loops = [], [], []
         most = self.session.entry.profile.batch_max
         for start in range(0, len(requests), most):
             batch = range(start, min(start + most, len(requests)))
-            made, spent = self._denoise([requests[i] for i in batch], batch, guidance, prompts, begin, callback)
+            made, spent = self._denoise([requests[i] for i in batch], batch, guidance, texts, begin, callback)
             images += self._decode(made)
             latents.append(made)
             loops.append(spent)
@@ -192,9 +222,9 @@ class Pipeline:
 
     def _conditioning(
         self, requests: Sequence[ImageRequest], guidance: float, size: ImageSize
-    ) -> Mapping[str | None, Arrays]:
+    ) -> Mapping[Wording, Arrays]:
         """The prologue's outputs of every different text of the call, [1, ...] each, computed once."""
-        texts: dict[str | None, None] = dict.fromkeys(request.prompt for request in requests)
+        texts = dict.fromkeys(request.prompt for request in requests)
         if guidance > 1:
             texts |= dict.fromkeys(request.negative_prompt for request in requests)
         return {text: self.prologue(self.prompts.encode([text], size)) for text in texts}
@@ -209,7 +239,7 @@ class Pipeline:
         requests: Sequence[ImageRequest],
         batch: range,
         guidance: float,
-        prompts: Mapping[str | None, Arrays],
+        texts: Mapping[Wording, Arrays],
         begin: Begin,
         callback: Callable[[StepEvent], None] | None,
     ) -> tuple[np.ndarray, LoopTime]:
@@ -217,9 +247,9 @@ class Pipeline:
         beginning = begin(requests, streams)
         # Without guidance both halves are the prompt's: uncond + 1 * (cond - uncond) = cond.
         first = [request.negative_prompt if guidance > 1 else request.prompt for request in requests]
-        order: list[str | None] = [*first, *(request.prompt for request in requests)]
+        order = [*first, *(request.prompt for request in requests)]
         prompt = {
-            name: np.concatenate([prompts[text][name] for text in order]) for name in self.manifest.io.prologue_outputs
+            name: np.concatenate([texts[text][name] for text in order]) for name in self.manifest.io.prologue_outputs
         }
         rows = self._tables.coefficients[beginning.call]
         drawn = streams if self.manifest.sampler.stochastic else None

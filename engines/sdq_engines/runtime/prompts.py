@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdq_engines.package.schema import SIZE_INPUT
-from sdq_engines.runtime.text import PromptTokenizer
+from sdq_engines.package.schema import NEGATIVE_OUTPUT, SIZE_INPUT, TEXT_OUTPUT
+from sdq_engines.runtime.text import PromptTokenizer, Tokens, load_tokenizer
+from sdq_engines.runtime.wording import Wording
 
 if TYPE_CHECKING:
     from sdq_engines.backends.base import Arrays, Session
@@ -41,47 +42,88 @@ class PromptEncoder:
 
     def __init__(self, package: Package, session: Session) -> None:
         self.io, self.session = package.manifest.io, session
-        self._tokenizers = [
-            (text.component, PromptTokenizer(package.path(text.tokenizer), text)) for text in package.manifest.text
-        ]
+        breaks = any(text.chunks > 1 for text in package.manifest.text)
+        self._tokenizers = {
+            text.component: PromptTokenizer(load_tokenizer(package.path(text.tokenizer)), text, breaks)
+            for text in package.manifest.text
+        }
 
     @property
     def components(self) -> list[str]:
         """The text encoders, in the manifest's order."""
-        return [component for component, _ in self._tokenizers]
+        return list(self._tokenizers)
 
     @property
     def takes_size(self) -> bool:
         """Whether the model is told the image's size."""
         return SIZE_INPUT in self.io.prologue_inputs
 
-    def embed(self, component: str, texts: Sequence[str]) -> Arrays:
-        """One text encoder's outputs, [n, ...] each."""
-        tokenizer = dict(self._tokenizers)[component]
-        return self.session.component(component).run({"input_ids": tokenizer.encode(texts)})
+    def embed(self, component: str, texts: Sequence[str], weighted: bool = False) -> Arrays:
+        """One text encoder's outputs, [n, ...] each; embeddings of several chunks stand side by side, [n, chunks*L, D].
 
-    def encode(self, prompts: Sequence[str | None], size: ImageSize | None = None) -> Arrays:
+        Args:
+            component: the text encoder.
+            texts: n of them.
+            weighted: read the weights that they have.
+        """
+        each = [self._embed(component, self._tokenizers[component].encode(text, weighted)) for text in texts]
+        return {name: np.concatenate([outputs[name] for outputs in each]) for name in each[0]}
+
+    def encode(self, prompts: Sequence[Wording | str], size: ImageSize | None = None) -> Arrays:
         """The prologue's inputs, [n, ...] each.
 
         Args:
-            prompts: None is the unconditional half of guidance where the caller gives no negative prompt: zeros for a
-                model that was trained so, else the empty prompt.
+            prompts: a plain text is read by every text encoder. The unconditional half of guidance where the caller
+                gives no negative prompt sees zeros, for a model that was trained so, else the empty prompt.
             size: for a model that takes one; by default the package's image size throughout.
         """
-        found: dict[str, list[np.ndarray]] = {}
-        for component in self.components:
-            for name, array in self.embed(component, [prompt or "" for prompt in prompts]).items():
-                found.setdefault(name, []).append(array)
-        # outputs of one name belong side by side (docs/package-format.md)
-        inputs = {name: np.concatenate(parts, axis=-1) for name, parts in found.items()}
-        if self.io.force_zeros_for_empty_prompt:
-            absent = np.array([prompt is None for prompt in prompts])
-            inputs = {name: np.where(_like(absent, array), 0, array) for name, array in inputs.items()}
+        worded = [Wording.same(each, len(self.components)) if isinstance(each, str) else each for each in prompts]
+        rows = [self._encode(wording) for wording in worded]
+        inputs = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         if self.takes_size:
             inputs[SIZE_INPUT] = (size or ImageSize()).row(self.io.image_size).repeat(len(prompts), axis=0)
         return inputs
 
+    def _encode(self, wording: Wording) -> Arrays:
+        found: dict[str, list[np.ndarray]] = {}
+        for component, text in zip(self.components, wording.texts, strict=True):
+            outputs = self.embed(component, [text], wording.weighted)
+            plain = outputs.pop(NEGATIVE_OUTPUT, None)
+            if plain is not None and wording.negative:
+                outputs[TEXT_OUTPUT] = plain
+            for name, array in outputs.items():
+                found.setdefault(name, []).append(array)
+        # outputs of one name belong side by side (docs/package-format.md)
+        inputs = {name: np.concatenate(parts, axis=-1) for name, parts in found.items()}
+        if self.io.force_zeros_for_empty_prompt and not wording.given:
+            return {name: np.zeros_like(array) for name, array in inputs.items()}
+        return inputs
 
-def _like(rows: np.ndarray, array: np.ndarray) -> np.ndarray:
-    """[n] in a shape that broadcasts over [n, ...]."""
-    return rows.reshape(-1, *[1] * (array.ndim - 1))
+    def _embed(self, component: str, tokens: Tokens) -> Arrays:
+        """Outputs of one prompt, [1, ...] each: the encoder runs once for every different chunk."""
+        encoder = self.session.component(component)
+        made: dict[bytes, Arrays] = {}
+        for row in tokens.ids:
+            if row.tobytes() not in made:
+                made[row.tobytes()] = encoder.run({"input_ids": row[None]})
+        chunks = [made[row.tobytes()] for row in tokens.ids]
+        joined = {}
+        for name, first in chunks[0].items():
+            if first.ndim != 3:  # one vector a prompt comes from its first chunk
+                joined[name] = first
+                continue
+            parts = [chunk[name] for chunk in chunks]
+            if tokens.is_weighted:
+                parts = [_weighted(part, weights) for part, weights in zip(parts, tokens.weights, strict=True)]
+            joined[name] = np.concatenate(parts, axis=1)
+        return joined
+
+
+def _weighted(embeddings: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Each token's embedding [1, L, D] times its weight, then all by the one factor that keeps the chunk's mean.
+
+    As AUTOMATIC1111's web UI does ("Emphasis mode: Original") for a single prompt.
+    """
+    scaled = embeddings * weights[None, :, None]
+    mean, kept = float(scaled.mean(dtype=np.float64)), float(embeddings.mean(dtype=np.float64))
+    return scaled if mean == 0 else scaled * np.float32(kept / mean)

@@ -9,12 +9,19 @@ from typing import Any
 
 from sdq_engines.errors import SdqError
 from sdq_engines.package.schema import Manifest, Size
+from sdq_engines.runtime.arguments import as_number, as_pair, as_text, as_whole, as_wholes
 from sdq_engines.runtime.prompts import ImageSize
+from sdq_engines.runtime.wording import Wording
 
-__all__ = ["ImageRequest", "check_originals", "check_sampler", "check_size", "plan_images", "refuse_others"]
-
-_IMAGE_STRENGTH, _INPAINT_STRENGTH = 0.8, 1.0
-"""diffusers' own for Stable Diffusion, where the caller names none."""
+__all__ = [
+    "ImageRequest",
+    "check_guidance",
+    "check_originals",
+    "check_sampler",
+    "check_size",
+    "plan_images",
+    "refuse_others",
+]
 
 #: Arguments of diffusers' pipelines that a compiled package cannot honour, and why.
 _REFUSED = {
@@ -22,12 +29,25 @@ _REFUSED = {
     "eta": "the sampler's noise is compiled into the package",
     "timesteps": "the timesteps are compiled into the package",
     "sigmas": "the sigmas are compiled into the package",
-    "clip_skip": "the text encoder's output layer is compiled into the package",
+    "clip_skip": "the text encoder's output layer is compiled into the package (export --clip-skip)",
+    "max_sequence_length": "how many tokens of a prompt the model reads is compiled into the package",
+    "denoising_start": "the timesteps are compiled into the package; `strength` says how many of them are made",
+    "denoising_end": "the timesteps are compiled into the package, and all of them are made",
+    "aesthetic_score": "Stable Diffusion XL's refiner alone takes it",
+    "negative_aesthetic_score": "Stable Diffusion XL's refiner alone takes it",
+    "skip_guidance_layers": "the guidance combination is compiled into the package without it",
+    "skip_layer_guidance_scale": "the guidance combination is compiled into the package without it",
+    "skip_layer_guidance_start": "the guidance combination is compiled into the package without it",
+    "skip_layer_guidance_stop": "the guidance combination is compiled into the package without it",
+    "joint_attention_kwargs": "attention is compiled into the package",
+    "timestep_cond": "the timesteps are compiled into the package",
+    "mu": "the timesteps are compiled into the package",
+    "return_dict": "the result has both .images and .latents",
+    "callback_steps": "use `callback`, which hears each step",
+    "callback_on_step_end_tensor_inputs": "use `callback`, which hears each step",
     "negative_original_size": "both halves of guidance are told the same size",
     "negative_crops_coords_top_left": "both halves of guidance are told the same size",
     "negative_target_size": "both halves of guidance are told the same size",
-    "prompt_2": "all text encoders read the same prompt",
-    "negative_prompt_2": "all text encoders read the same prompt",
     "pooled_prompt_embeds": "the package encodes prompts itself",
     "negative_pooled_prompt_embeds": "the package encodes prompts itself",
     "cross_attention_kwargs": "attention is compiled into the package",
@@ -39,17 +59,20 @@ _REFUSED = {
     "negative_prompt_embeds": "the package encodes prompts itself",
     "generator": "noise comes from `seed`, which equals torch.Generator('cpu').manual_seed(seed)",
     "latents": "the starting latents come from `seed`",
-    "output_type": "the result has both .images and .latents",
+    "output_type": "the result has PIL images in .images, and .latents",
     "callback_on_step_end": "use `callback`, which hears each step",
 }
+
+#: Of those, values that ask for nothing.
+_NEUTRAL: dict[str, object] = {"guidance_rescale": 0, "eta": 0, "output_type": "pil", "return_dict": True}
 
 
 @dataclass(frozen=True)
 class ImageRequest:
     """One image to make."""
 
-    prompt: str
-    negative_prompt: str | None
+    prompt: Wording
+    negative_prompt: Wording
     seed: int
     prompt_index: int = 0
     """Which prompt of the call it is."""
@@ -58,7 +81,7 @@ class ImageRequest:
 def refuse_others(arguments: dict[str, Any]) -> None:
     """Raises: SdqError: for the first argument given that the package cannot honour; None counts as not given."""
     for name, value in arguments.items():
-        if value is None:
+        if value is None or (isinstance(value, int | float | str) and value == _NEUTRAL.get(name)):
             continue
         if name not in _REFUSED:
             raise SdqError(f"There is no argument {name!r}.", "See help(sdq_engines.Pipeline.__call__).")
@@ -72,18 +95,20 @@ def check_sampler(manifest: Manifest, num_inference_steps: int | None, scheduler
     hint = (
         "Export another package: sdq-deploy export RUN --out PACKAGE, from a run with that scheduler and those steps."
     )
-    if num_inference_steps is not None and num_inference_steps != sampler.num_inference_steps:
-        raise SdqError(f"{has}; {num_inference_steps} steps were asked for.", hint)
+    steps = None if num_inference_steps is None else as_whole(num_inference_steps, "num_inference_steps")
+    if steps is not None and steps != sampler.num_inference_steps:
+        raise SdqError(f"{has}; {steps} steps were asked for.", hint)
     plain = sampler.scheduler.removesuffix("Scheduler").lower()
-    if scheduler is not None and scheduler.removesuffix("Scheduler").lower().replace("-", "") != plain:
-        raise SdqError(f"{has}; the scheduler {scheduler} was asked for.", hint)
+    asked = None if scheduler is None else as_text(scheduler, "scheduler")
+    if asked is not None and asked.removesuffix("Scheduler").lower().replace("-", "") != plain:
+        raise SdqError(f"{has}; the scheduler {asked} was asked for.", hint)
 
 
 def check_size(
     takes_size: bool,
     size: Size,
     original_size: tuple[int, int] | None,
-    crops_coords_top_left: tuple[int, int],
+    crops_coords_top_left: tuple[int, int] | None,
     target_size: tuple[int, int] | None,
 ) -> ImageSize:
     """What the model is told of the image's size: by default an uncropped image of `size`, that which is made.
@@ -91,16 +116,29 @@ def check_size(
     Raises:
         SdqError: a size for a model that takes none, or one that is not two numbers.
     """
-    asked = {"original_size": original_size, "target_size": target_size}
-    asked |= {"crops_coords_top_left": None if tuple(crops_coords_top_left) == (0, 0) else crops_coords_top_left}
-    for name, value in asked.items():
-        if value is None:
-            continue
-        if not takes_size:
-            raise SdqError(f"This package's model takes no {name}.", "Stable Diffusion XL does.")
-        if len(value) != 2:
-            raise SdqError(f"{name}={value!r} is not two numbers.", "Give (height, width), or (top, left) of a crop.")
-    return ImageSize(original_size or size, crops_coords_top_left, target_size or size)
+    given = {
+        "original_size": original_size,
+        "crops_coords_top_left": crops_coords_top_left,
+        "target_size": target_size,
+    }
+    asked = {name: as_pair(value, name) for name, value in given.items() if value is not None}
+    corner = asked.setdefault("crops_coords_top_left", (0, 0))
+    if corner == (0, 0):
+        asked.pop("crops_coords_top_left")
+    if asked and not takes_size:
+        raise SdqError(f"This package's model takes no {next(iter(asked))}.", "Stable Diffusion XL does.")
+    return ImageSize(asked.get("original_size", size), corner, asked.get("target_size", size))
+
+
+def check_guidance(manifest: Manifest, guidance_scale: float | None) -> float:
+    """How strongly to guide: the package's own where the caller names nothing.
+
+    Raises:
+        SdqError: it is not one finite number.
+    """
+    if guidance_scale is None:
+        return manifest.sampler.guidance_scale
+    return as_number(guidance_scale, "guidance_scale")
 
 
 def check_originals(manifest: Manifest, image: object, mask_image: object, strength: float | None) -> float | None:
@@ -120,13 +158,13 @@ def check_originals(manifest: Manifest, image: object, mask_image: object, stren
             "Give mask_image=, white where to paint (--mask FILE); an all-white one repaints everything.",
         )
     if strength is not None:
-        return float(strength)
-    return _IMAGE_STRENGTH if mask_image is None else _INPAINT_STRENGTH
+        return as_number(strength, "strength")
+    return manifest.defaults.image_strength if mask_image is None else manifest.defaults.inpaint_strength
 
 
 def plan_images(
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str] | None,
+    prompts: Sequence[Wording],
+    negatives: Sequence[Wording],
     seed: int | Sequence[int] | None,
     num_images_per_prompt: int,
 ) -> list[ImageRequest]:
@@ -134,38 +172,28 @@ def plan_images(
 
     Image i of the call gets the i-th seed of a list, or `seed + i`: any image can be made again alone by its own seed.
 
+    Args:
+        prompts: of the call.
+        negatives: one for each of them.
+        seed: a whole number, or a row of as many as there are images.
+        num_images_per_prompt: a whole number.
+
     Raises:
-        SdqError: no prompt, or lists whose lengths do not fit.
+        SdqError: no prompt, or seeds that are none or whose number does not fit.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts or num_images_per_prompt < 1:
-        raise SdqError(
-            f"{len(prompts)} prompts with {num_images_per_prompt} images each make no image.", "Give a prompt."
-        )
-    negatives = _negatives(negative_prompt, len(prompts))
-    total = len(prompts) * num_images_per_prompt
-    seeds = _seeds(seed, total)
-    owners = [index for index in range(len(prompts)) for _ in range(num_images_per_prompt)]
+    each = as_whole(num_images_per_prompt, "num_images_per_prompt")
+    if not prompts or each < 1:
+        raise SdqError(f"{len(prompts)} prompts with {each} images each make no image.", "Give a prompt.")
+    owners = [index for index in range(len(prompts)) for _ in range(each)]
     return [
         ImageRequest(prompts[index], negatives[index], number, index)
-        for index, number in zip(owners, seeds, strict=True)
+        for index, number in zip(owners, _seeds(seed, len(owners)), strict=True)
     ]
 
 
-def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt] * count
-    if len(negative_prompt) != count:
-        raise SdqError(
-            f"{len(negative_prompt)} negative prompts were given for {count} prompts.", "Give one, or one each."
-        )
-    return list(negative_prompt)
-
-
 def _seeds(seed: int | Sequence[int] | None, total: int) -> list[int]:
-    if seed is None:
-        seed = secrets.randbits(32)
-    seeds = [seed + i for i in range(total)] if isinstance(seed, int) else list(seed)
+    read = secrets.randbits(32) if seed is None else as_wholes(seed, "seed")
+    seeds = [read + i for i in range(total)] if isinstance(read, int) else read
     if len(seeds) != total:
         raise SdqError(f"{len(seeds)} seeds were given for {total} images.", "Give one seed, or one per image.")
     if outside := [number for number in seeds if not -(2**63) <= number < 2**64]:

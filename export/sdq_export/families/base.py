@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from sdq_engines.errors import SdqError
+from sdq_engines.package.schema import NEGATIVE_OUTPUT, TEXT_OUTPUT, CallDefaults
 from sdq_export.conditioning import Conditioning
+from sdq_export.families.text import padded_length
 from sdq_export.step_state import StepState
 
 if TYPE_CHECKING:
@@ -32,42 +35,104 @@ class TextEncoder:
         component: its folder in the checkpoint, its component in the package.
         tokenizer: the folder of its tokenizer, in both.
         outputs: what it gives. Outputs of one name from several encoders are joined along the last axis, in order.
-        wrap: the encoder -> the module that is captured: ``input_ids`` int64 [n, L] to a tuple of the outputs.
+        wrap: the encoder and how many layers to skip -> the module that gives the outputs, a tuple, for ``input_ids``
+            int64 [n, L].
         max_length: L; None for the tokenizer's own.
+        length_of: the tokenizer whose own length is taken; None for `tokenizer`.
+        clip: whether it is CLIP's: prompts may pass through it in chunks, and skip its last layers.
     """
 
     component: str
     tokenizer: str
     outputs: tuple[str, ...]
-    wrap: Callable[[nn.Module], nn.Module]
+    wrap: Callable[..., nn.Module]
     max_length: int | None = None
+    length_of: str | None = None
+    clip: bool = True
 
     def length(self, source: Source) -> int:
-        """L, the tokens of a padded prompt."""
-        return self.max_length or int(source.part(self.tokenizer).model_max_length)
+        """L, the tokens of a padded chunk."""
+        return self.max_length or padded_length(source, self.length_of or self.tokenizer, self.component)
+
+    def chunks(self, source: Source) -> int:
+        """How many chunks of L tokens a prompt has."""
+        return source.text.prompt_chunks if self.clip else 1
+
+    def skipped(self, source: Source) -> int:
+        """How many of its last layers prompts are not passed through."""
+        return source.text.clip_skip if self.clip else 0
+
+    def output_names(self, source: Source) -> tuple[str, ...]:
+        """`outputs` and, where prompts skip layers, the embeddings of negative prompts."""
+        return (*self.outputs, NEGATIVE_OUTPUT) if self.skipped(source) else self.outputs
+
+    def module(self, source: Source, encoder: nn.Module) -> nn.Module:
+        """What is captured of an encoder: ``input_ids`` int64 [n, L] to the outputs of `output_names`.
+
+        Raises:
+            SdqError: it has no more layers than prompts ought to skip.
+        """
+        skipped, config = self.skipped(source), cast(Any, encoder).config
+        if not skipped:
+            return self.wrap(encoder)
+        if skipped >= config.num_hidden_layers:
+            raise SdqError(
+                f"clip_skip is {skipped}, and the {self.component} of {source.model} has {config.num_hidden_layers} "
+                "layers.",
+                f"Give {config.num_hidden_layers - 1} or less.",
+            )
+        return self.wrap(encoder, skipped)
 
     def token_ids(self, source: Source, prompts: Sequence[str]) -> Tensor:
-        """int64 [n, L], padded and cut."""
-        ids: Tensor = source.part(self.tokenizer)(
-            list(prompts),
-            padding="max_length",
-            max_length=self.length(source),
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return ids
+        """int64 [n, L], padded and cut; of several chunks the first."""
+        return self.chunk_ids(source, prompts)[:, 0]
+
+    def chunk_ids(self, source: Source, prompts: Sequence[str]) -> Tensor:
+        """int64 [n, chunks, L], by the tokenizer that the package gets."""
+        from sdq_export.tokenizer import prompt_tokenizer
+
+        tokenizer = prompt_tokenizer(source, self)
+        rows = [torch.from_numpy(tokenizer.encode(prompt, warn=False).ids) for prompt in prompts]
+        return torch.stack(rows) if rows else torch.empty(0, self.chunks(source), self.length(source), dtype=torch.long)
+
+    def cut(self, source: Source, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts that are longer than what it takes."""
+        from sdq_export.tokenizer import prompt_tokenizer
+
+        tokenizer = prompt_tokenizer(source, self)
+        return [prompt for prompt in prompts if not tokenizer.fits(prompt)]
+
+    def encode(self, source: Source, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The outputs by name for each prompt's first chunk, computed on the encoder's device; float32 on the CPU."""
+        return self._run(source, self.token_ids(source, prompts))
+
+    def embed(self, source: Source, prompts: Sequence[str | None]) -> dict[str, Tensor]:
+        """What the denoiser is told of each prompt, by name: float32 [n, chunks*L, D], [n, P], on the CPU.
+
+        Args:
+            source: the checkpoint.
+            prompts: None is a negative prompt, which is empty.
+        """
+        rows = self.chunk_ids(source, [prompt or "" for prompt in prompts])
+        chunks = [self._run(source, rows[:, index]) for index in range(rows.shape[1])]
+        # one vector a prompt comes from its first chunk
+        joined = {
+            name: torch.cat([chunk[name] for chunk in chunks], dim=1) if first.ndim == 3 else first
+            for name, first in chunks[0].items()
+        }
+        if (negative := joined.pop(NEGATIVE_OUTPUT, None)) is not None:
+            absent = torch.tensor([prompt is None for prompt in prompts])[:, None, None]
+            joined[TEXT_OUTPUT] = torch.where(absent, negative, joined[TEXT_OUTPUT])
+        return joined
 
     @torch.no_grad()
-    def encode(self, source: Source, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The outputs by name, computed on the encoder's device; float32 [n, ...] on the CPU."""
+    def _run(self, source: Source, ids: Tensor) -> dict[str, Tensor]:
+        """The outputs by name for token ids [n, L]."""
         encoder = source.part(self.component)
-        wrapped = self.wrap(encoder)
-        parts = [
-            wrapped(self.token_ids(source, prompts[first : first + _TEXT_BATCH]).to(encoder.device))
-            for first in range(0, len(prompts), _TEXT_BATCH)
-        ]
+        wrapped = self.module(source, encoder)
+        parts = [wrapped(part.to(encoder.device)) for part in ids.split(_TEXT_BATCH)]
         joined = (torch.cat(list(each)).float().cpu() for each in zip(*parts, strict=True))
-        return dict(zip(self.outputs, joined, strict=True))
+        return dict(zip(self.output_names(source), joined, strict=True))
 
 
 @dataclass(frozen=True)
@@ -97,6 +162,8 @@ class Family(ABC):
         text_encoders: in the order in which the pipeline joins their outputs.
         recipe: the recipe that a training takes by default.
         default_steps, default_guidance: the pipeline's own, for a model exported without saying otherwise.
+        inpainting_guidance: `default_guidance` of the inpainting pipeline, where that has another.
+        call_defaults: what calls of its image-to-image and inpainting pipelines take.
         blocks: classes of the blocks that block reconstruction optimizes at once.
     """
 
@@ -109,6 +176,8 @@ class Family(ABC):
     recipe: ClassVar[str]
     default_steps: ClassVar[int]
     default_guidance: ClassVar[float]
+    inpainting_guidance: ClassVar[float | None] = None
+    call_defaults: ClassVar[CallDefaults]
     blocks: ClassVar[tuple[str, ...]]
 
     # The checkpoint
@@ -122,6 +191,11 @@ class Family(ABC):
         """Whether the checkpoint in this folder, of this model_index.json, is of the family."""
         return index.get("_class_name") in self.pipelines
 
+    def guidance(self, source: Source) -> float:
+        """What the pipeline that the checkpoint names guides by, where the caller names nothing."""
+        inpaints = source.index.get("_class_name") == self.inpainting_pipeline
+        return self.inpainting_guidance if inpaints and self.inpainting_guidance else self.default_guidance
+
     @abstractmethod
     def check_source(self, source: Source) -> None:
         """Refuse what this family's graphs would compute wrongly.
@@ -133,6 +207,22 @@ class Family(ABC):
     @abstractmethod
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         """(C, h, w) of one image's latents at the checkpoint's own size."""
+
+    def latent_size(self, source: Source) -> tuple[int, int]:
+        """(h, w) by the denoiser's own sample size.
+
+        Raises:
+            SdqError: it names none.
+        """
+        size = source.skeleton.config.sample_size
+        height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        if not isinstance(height, int) or not isinstance(width, int) or min(height, width) < 1:
+            raise SdqError(
+                f"The file {self.denoiser}/config.json of {source.model} has sample_size = {size!r}; the height and "
+                "width of the latents are wanted.",
+                'Set it, for example "sample_size": 64 for images of 512x512 pixels.',
+            )
+        return height, width
 
     def extra_channels(self, denoiser: nn.Module) -> int:
         """How many channels the denoiser takes beside the latents, for inpainting: 1 of the mask, C of the image.
@@ -188,7 +278,7 @@ class Family(ABC):
         """
         found: dict[str, list[Tensor]] = {}
         for encoder in self.text_encoders:
-            for name, tensor in encoder.encode(source, [prompt or "" for prompt in prompts]).items():
+            for name, tensor in encoder.embed(source, prompts).items():
                 found.setdefault(name, []).append(tensor)
         return Conditioning({name: torch.cat(parts, dim=-1) for name, parts in found.items()})
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
+from sdq_engines.package.schema import CallDefaults
 from sdq_export.conditioning import TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import LastHiddenState
+from sdq_export.families.text import LastHiddenState, check_text_encoders
 from sdq_export.families.time_path import NoTimeProjection, StepRow
 from sdq_export.families.unet import (
     BLOCKS,
@@ -51,10 +52,12 @@ class StableDiffusion(Family):
     text_encoders = (TextEncoder("text_encoder", "tokenizer", (TEXT_INPUT,), LastHiddenState),)
     recipe = "sd"
     default_steps, default_guidance = 50, 7.5
+    call_defaults = CallDefaults(image_strength=0.8, inpaint_strength=1.0)
     blocks = BLOCKS
 
     def check_source(self, source: Source) -> None:
         check_conditions(source.skeleton)
+        check_text_encoders(source, source.skeleton.config.cross_attention_dim)
         if getattr(source.part("text_encoder").config, "use_attention_mask", None):
             raise SdqError(
                 "The text encoder's use_attention_mask=True is not supported: packages encode padded prompts."

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
+from sdq_engines.package.schema import CallDefaults
 from sdq_export.capture import FreeSize, capture
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import LastHiddenState, PenultimateAndPooled
+from sdq_export.families.text import LastHiddenState, PenultimateAndPooled, check_text_encoders
 from sdq_export.families.time_path import FrozenLinear, freeze_linears_
 from sdq_export.families.vae import check_vae
 from sdq_export.passes.modulation import CutModulation, KeepModulation
@@ -41,7 +42,13 @@ _QUERY_KEY_VALUE = {"to_q": "input", "to_k": "input", "to_v": "input"} | dict.fr
 
 
 _CLIPS = tuple(
-    TextEncoder(f"text_encoder{suffix}", f"tokenizer{suffix}", (TEXT_INPUT, POOLED_INPUT), PenultimateAndPooled)
+    TextEncoder(
+        f"text_encoder{suffix}",
+        f"tokenizer{suffix}",
+        (TEXT_INPUT, POOLED_INPUT),
+        PenultimateAndPooled,
+        length_of="tokenizer",
+    )
     for suffix in ("", "_2")
 )
 
@@ -63,14 +70,16 @@ class StableDiffusion3(Family):
     text_encoders = _CLIPS
     recipe = "sd3"
     default_steps, default_guidance = 28, 7.0
+    call_defaults = CallDefaults(image_strength=0.6, inpaint_strength=0.6)
     blocks = ("JointTransformerBlock",)
 
     def fits(self, folder: Path, index: Mapping[str, Any]) -> bool:
         return super().fits(folder, index) and not _has_t5(folder, index)
 
     def check_source(self, source: Source) -> None:
-        check_vae(source)
         config = source.skeleton.config
+        check_text_encoders(source, config.pooled_projection_dim)
+        check_vae(source)
         if config.pos_embed_max_size is None:
             raise SdqError(
                 "The denoiser's pos_embed_max_size=None is not supported; Stable Diffusion 3 crops from one."
@@ -93,7 +102,8 @@ class StableDiffusion3(Family):
 
     def latent_shape(self, source: Source) -> tuple[int, int, int]:
         config = source.skeleton.config
-        return int(config.in_channels), int(config.sample_size), int(config.sample_size)
+        height, width = self.latent_size(source)
+        return int(config.in_channels), height, width
 
     def pipeline_options(self, source: Source) -> dict[str, Any]:
         return {"text_encoder_3": None, "tokenizer_3": None}
@@ -164,7 +174,10 @@ class StableDiffusion3WithT5(StableDiffusion3):
         "text_encoder_3": "transformers.T5EncoderModel",
         "tokenizer_3": "transformers.T5TokenizerFast",
     }
-    text_encoders = (*_CLIPS, TextEncoder("text_encoder_3", "tokenizer_3", (T5_INPUT,), LastHiddenState, T5_TOKENS))
+    text_encoders = (
+        *_CLIPS,
+        TextEncoder("text_encoder_3", "tokenizer_3", (T5_INPUT,), LastHiddenState, T5_TOKENS, clip=False),
+    )
 
     def fits(self, folder: Path, index: Mapping[str, Any]) -> bool:
         return Family.fits(self, folder, index) and _has_t5(folder, index)
@@ -205,8 +218,8 @@ class _StepAndText(nn.Module):
 
 def _has_t5(folder: Path, index: Mapping[str, Any]) -> bool:
     """Whether the checkpoint names a third text encoder and brings it: it may be left out of a download."""
-    named = index.get("text_encoder_3") or [None]
-    return named[0] is not None and (folder / "text_encoder_3").is_dir()
+    named = index.get("text_encoder_3")
+    return isinstance(named, list) and named[:1] not in ([], [None]) and (folder / "text_encoder_3").is_dir()
 
 
 def _adaptive_norms(denoiser: nn.Module) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import VAE_DECODER, VAE_ENCODER
-from sdq_engines.package.schema import SIZE_INPUT
+from sdq_engines.package.schema import SIZE_INPUT, CallDefaults
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import PenultimateAndPooled, PenultimateHiddenState
+from sdq_export.families.text import PenultimateAndPooled, PenultimateHiddenState, check_text_encoders
 from sdq_export.families.time_path import FrozenLinear, NoTimeProjection, StepRow
 from sdq_export.families.unet import (
     BLOCKS,
@@ -64,12 +64,26 @@ class StableDiffusionXL(Family):
     )
     recipe = "sdxl"
     default_steps, default_guidance = 50, 5.0
+    inpainting_guidance = 7.5
+    call_defaults = CallDefaults(image_strength=0.3, inpaint_strength=0.9999)
     blocks = BLOCKS
 
     def check_source(self, source: Source) -> None:
         unet = source.skeleton
         _check_time_path(unet)
+        check_text_encoders(source, unet.config.cross_attention_dim)
         check_vae(source)
+        if source.index.get("requires_aesthetics_score"):
+            raise SdqError(
+                f"The model_index.json of {source.model} has requires_aesthetics_score = true, which is not supported.",
+                "Stable Diffusion XL's refiner asks for it; its base model does not.",
+            )
+        if not unet.config.addition_time_embed_dim:
+            raise SdqError(
+                f"The file unet/config.json of {source.model} has addition_time_embed_dim = "
+                f"{unet.config.addition_time_embed_dim}; the width of an embedded size is wanted.",
+                "Stable Diffusion XL has 256.",
+            )
         wanted = 6 * unet.config.addition_time_embed_dim + source.part("text_encoder_2").config.projection_dim
         if unet.add_embedding.linear_1.in_features != wanted:
             raise SdqError(

@@ -48,9 +48,7 @@ def is_unet(denoiser: nn.Module) -> bool:
 def unet_latent_shape(source: Source) -> tuple[int, int, int]:
     """(C, h, w) by the UNet's own sample size."""
     config: Any = source.skeleton.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(config.out_channels), int(height), int(width)
+    return int(config.out_channels), *source.family.latent_size(source)
 
 
 def unet_latent_multiple(unet: nn.Module) -> int:

@@ -83,11 +83,18 @@ def capture_vae_encoder(encoder: VaeEncoder, image_size: tuple[int, int], multip
 
 
 def check_vae(source: Source) -> None:
-    """Refuse latents that are normalized channel by channel.
+    """Refuse latents that are normalized channel by channel, or that are not the denoiser's.
 
     Raises:
         SdqError: naming the setting.
     """
+    channels = source.family.latent_shape(source)[0]
+    if source.vae.config.latent_channels != channels:
+        raise SdqError(
+            f"The vae of {source.model} has latents of {source.vae.config.latent_channels} channels, the "
+            f"{source.family.denoiser} of {channels}.",
+            "Take both from one model.",
+        )
     for setting in ("latents_mean", "latents_std"):
         if source.vae.config.get(setting) is not None:
             raise SdqError(

@@ -81,7 +81,9 @@ def test_a_full_disk_is_one_sentence(tiny_sd: Path, prompts: Path, tmp_path: Pat
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_ctrl_c_names_the_command_that_continues_and_it_does(tiny_sd: Path, prompts: Path, tmp_path: Path) -> None:
+def test_ctrl_c_names_the_command_that_continues_and_it_does(
+    tiny_sd: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     arguments = command(tiny_sd, "--out", out, "--prompts", prompts, "--cpu", *small_options())
     # A shell that runs the tests in the background has SIGINT ignored, which a child would inherit.
@@ -95,6 +97,11 @@ def test_ctrl_c_names_the_command_that_continues_and_it_does(tiny_sd: Path, prom
     )
     while not list((out / "dataset").glob("training-*")) and process.poll() is None:
         time.sleep(0.05)
+    with pytest.raises(SystemExit) as refused:  # one run is trained by one command at a time
+        main.run(["train", str(tiny_sd), "--out", str(out), "--resume", "--cpu"])
+    assert refused.value.code == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"is being written by another process (process {process.pid}, train, since" in said
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130

@@ -19,6 +19,7 @@ from sdq_deploy.training.losses import layer_outputs
 from sdq_deploy.training.teacher import fit_teacher, make_teacher
 from sdq_export.stepping import StepDenoiser
 from tests.deploy.training.helpers import run_workers, small_context
+from tests.nearness import FLOAT_NOISE, relative
 from tests.tiny import write_tiny_sd, write_tiny_sd3, write_tiny_sdxl
 
 CPU = torch.device("cpu")
@@ -72,8 +73,7 @@ def test_in_half_precision_it_says_what_autocast_would(context: TrainingContext)
     wanted, found = outputs(context, whole, autocast=True), outputs(context, half, autocast=True)
     exact = outputs(context, whole)
     for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
-    assert not torch.equal(wanted["result"].float(), exact["result"])
+        assert relative(found[name], tensor) <= 0.25 * relative(exact[name], tensor) > 1e-4, name
 
 
 def test_offloaded_it_says_the_same_and_holds_nothing_between_calls(context: TrainingContext) -> None:
@@ -82,7 +82,7 @@ def test_offloaded_it_says_the_same_and_holds_nothing_between_calls(context: Tra
     wanted = outputs(context, whole)
     for _ in range(2):
         found = outputs(context, away)
-        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+        assert all(relative(found[name], tensor) <= FLOAT_NOISE for name, tensor in wanted.items())
         assert {parameter.device.type for parameter in away.model.parameters()} == {"meta"}
 
 
@@ -117,5 +117,6 @@ def test_the_fit_is_the_same_with_the_teacher_offloaded(tiny_sd: Path, finished_
         changes = {"fit.max_train_steps": 2, "fit.mixed_precision": "bf16", "fit.gradient_checkpointing": True}
         run_workers(tiny_sd, out, changes | {"fit.offload_teacher": offload})
         logs.append([record["loss"] for record in read_log(out / "log")[1:]])
-    assert logs[0] == logs[1]
+    # rounding decisions of the grids may differ
+    assert logs[0] == pytest.approx(logs[1], rel=0.05)
     assert len(logs[0]) == 2

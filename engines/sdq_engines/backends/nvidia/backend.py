@@ -7,11 +7,11 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdq_engines.backends.base import BF16_OPTION, FP32_OPTION, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.nvidia import cuda
+from sdq_engines.backends.nvidia.library import LIBRARIES, Library
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import DENOISER
 
@@ -22,29 +22,12 @@ if TYPE_CHECKING:
     from sdq_engines.package.schema import EngineEntry
     from sdq_engines.package.store import Package
 
-__all__ = ["Library", "NvidiaBackend", "make"]
-
-
-@dataclass(frozen=True)
-class Library:
-    """One of the two libraries."""
-
-    engine: str
-    module: str
-    distribution: str
-    extra: str
-    rtx: bool
-
-
-_LIBRARIES = {
-    "tensorrt": Library("tensorrt", "tensorrt", "tensorrt", "tensorrt", rtx=False),
-    "tensorrt-rtx": Library("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx", "rtx", rtx=True),
-}
+__all__ = ["NvidiaBackend", "make"]
 
 
 def make(name: str) -> NvidiaBackend:
     """The backend of this engine name."""
-    return NvidiaBackend(_LIBRARIES[name])
+    return NvidiaBackend(LIBRARIES[name])
 
 
 class NvidiaBackend:

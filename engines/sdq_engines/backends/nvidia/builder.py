@@ -24,7 +24,7 @@ from sdq_engines.package.layout import DENOISER
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from sdq_engines.backends.nvidia.backend import Library
+    from sdq_engines.backends.nvidia.library import Library
     from sdq_engines.package.schema import ModelIO, ShapeProfile
 
 __all__ = ["build_plans"]

@@ -24,7 +24,7 @@ from sdq_engines.package.layout import DENOISER
 from sdq_engines.places import cache_folder
 
 if TYPE_CHECKING:
-    from sdq_engines.backends.nvidia.backend import Library
+    from sdq_engines.backends.nvidia.library import Library
     from sdq_engines.package.schema import EngineEntry
     from sdq_engines.package.store import Package
 

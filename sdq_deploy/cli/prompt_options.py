@@ -1,0 +1,88 @@
+"""Options of how prompts are read (docs/prompts.md), shared by the commands that take them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "ClipSkipOption",
+    "EmbeddingOption",
+    "NegativePrompt2Option",
+    "NegativePrompt3Option",
+    "Prompt2Option",
+    "Prompt3Option",
+    "PromptChunksOption",
+    "WeightingOption",
+]
+
+PromptChunksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--prompt-chunks",
+        metavar="N",
+        help="Take prompts of up to N chunks of 75 tokens; every image then costs the attention to all N. "
+        "If not given, one chunk; an export of a RUN takes as many as the training.",
+        show_default=False,
+    ),
+]
+
+ClipSkipOption = Annotated[
+    int | None,
+    typer.Option(
+        "--clip-skip",
+        metavar="N",
+        help="Leave out the last N layers of the CLIP text encoders, as diffusers' clip_skip. "
+        "If not given, none; an export of a RUN leaves out as many as the training.",
+        show_default=False,
+    ),
+]
+
+EmbeddingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--embedding",
+        metavar="NAME=FILE",
+        help="A textual inversion (.safetensors) that prompts name NAME; repeatable.",
+        show_default=False,
+    ),
+]
+
+Prompt2Option = Annotated[
+    str | None,
+    typer.Option("--prompt-2", help="What a second text encoder reads in place of the prompt.", show_default=False),
+]
+
+Prompt3Option = Annotated[
+    str | None,
+    typer.Option("--prompt-3", help="What a third text encoder reads in place of the prompt.", show_default=False),
+]
+
+NegativePrompt2Option = Annotated[
+    str | None,
+    typer.Option(
+        "--negative-prompt-2",
+        help="What a second text encoder reads in place of --negative-prompt.",
+        show_default=False,
+    ),
+]
+
+NegativePrompt3Option = Annotated[
+    str | None,
+    typer.Option(
+        "--negative-prompt-3",
+        help="What a third text encoder reads in place of --negative-prompt.",
+        show_default=False,
+    ),
+]
+
+WeightingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weighting",
+        help="a1111: read weights in prompts, (word:1.2), as AUTOMATIC1111's web UI does. "
+        "If not given, a prompt is taken literally.",
+        show_default=False,
+    ),
+]
