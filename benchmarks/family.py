@@ -4,8 +4,8 @@
 
 Makes the checkpoint (published architecture, random weights, FP16), quantizes it without running it (weight scales from
 the largest value, activation scales drawn, one a step), and takes the denoiser and its prologue through the code that
-`sdq-deploy export` and `build` use. Parity is left out: it runs the denoiser some hundred times, which says nothing of
-random weights. Each stage is a process of its own, so that its peak memory is its own.
+`sdq-deploy export` and `build` use. Parity is left out: `road.py` has the whole export. Each stage is a process of its
+own, so that its peak memory is its own.
 """
 
 from __future__ import annotations

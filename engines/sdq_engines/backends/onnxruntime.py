@@ -84,7 +84,7 @@ def open_session(
     model: Path | bytes,
     providers: Sequence[Provider] = (CPU,),
     threads: int | None = None,
-    fold_constants: bool = True,
+    lean: bool = False,
 ) -> ort.InferenceSession:
     """Open a graph with the options that keep quantized arithmetic exact.
 
@@ -92,7 +92,8 @@ def open_session(
         model: a file, or its bytes.
         providers: in order of preference.
         threads: of the CPU; None leaves it to ONNX Runtime.
-        fold_constants: without, weights stay as they are stored, and each run makes FP32 of them, one after the other.
+        lean: take little memory, at the cost of time. Weights stay as they are stored, and each run makes FP32 of them,
+            one after the other; what a run took is given back after it.
 
     Raises:
         SdqError: a provider that this build of ONNX Runtime lacks, or a graph that it refuses.
@@ -112,9 +113,10 @@ def open_session(
         settings.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads:
         settings.intra_op_num_threads = threads
+    settings.enable_cpu_mem_arena = not lean
     source = model if isinstance(model, bytes) else str(model)
     try:
-        kept = None if fold_constants else ["ConstantFolding"]
+        kept = ["ConstantFolding"] if lean else None
         return ort.InferenceSession(source, settings, providers=list(providers), disabled_optimizers=kept)
     except Exception as error:  # onnxruntime raises bare pybind exceptions of several kinds
         raise SdqError(f"ONNX Runtime refuses {'the graph' if isinstance(model, bytes) else model}: {error}") from error

@@ -22,6 +22,7 @@ import numpy as np
 from sdq_engines.backends.base import FP32_OPTION, Arrays, Availability, BuildJob, BuildResult, require_working
 from sdq_engines.backends.profiles import extents, fixed_size, input_dims
 from sdq_engines.errors import SdqError
+from sdq_engines.memory import give_back_memory
 from sdq_engines.package.held import files_of, hold
 from sdq_engines.package.layout import DENOISER, VAE_DECODER
 
@@ -89,9 +90,9 @@ class OpenVinoBackend:
         for component in job.package.manifest.components:
             job.progress(component, "lowering")
             size = fixed_size(component, job.profile, job.package.manifest.io)
-            path = _lowered(
-                job, component, [*size, *self.lowering(component, job.options), *_attention(job, component)]
-            )
+            lowering = self.lowering(component, job.options)
+            path = _lowered(job, component, [*size, *lowering, *_attention(job, component), *_mapped(job, component)])
+            give_back_memory()
             job.progress(component, "compiling")
             model = core.read_model(str(path))
             _fix_shapes(model, path, component, job)
@@ -124,6 +125,18 @@ def _attention(job: BuildJob, component: str) -> list[ir.passes.PassBase]:
 
     quantized = component == DENOISER and job.package.manifest.is_quantized
     return [Bf16Attention()] if quantized and DENOISER not in job.options.get(FP32_OPTION, ()) else []
+
+
+def _mapped(job: BuildJob, component: str) -> list[ir.passes.PassBase]:
+    """Large weights, which are stored beside the graph, written as FP32: OpenVINO then reads them where they lie.
+
+    It would else keep an FP32 copy of FP16 ones in memory beside what it compiles of them: 3.2 GB of Stable Diffusion
+    v1-4's.
+    """
+    from sdq_engines.lowering.fold_fp16_storage import FoldFp16Storage
+
+    graph = job.package.component(component)
+    return [FoldFp16Storage()] if graph.with_name(f"{graph.name}.data").is_file() else []
 
 
 def _lowered(job: BuildJob, component: str, passes: list[ir.passes.PassBase]) -> Path:

@@ -65,7 +65,7 @@ def open_graph(graph: GraphFile | ir.Model, folder: Path | None = None, device: 
         graph.path,
         _providers(device),
         threads=torch.get_num_threads(),
-        fold_constants=graph.numbers * 4 <= _FOLDED_BYTES,
+        lean=graph.numbers * 4 > _FOLDED_BYTES,
     )
 
 
