@@ -176,8 +176,8 @@ def test_a_write_that_fails_leaves_the_package_that_was_there(source: Source, tm
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_the_disk(stage: str, *_: int) -> None:
-        if stage == "writing":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+        if stage == "capturing the VAE decoder":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
 
     for folder in (out, tmp_path / "new"):
         try:
