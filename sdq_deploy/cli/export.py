@@ -119,7 +119,8 @@ def export(
         raise SdqError("--size needs graphs whose size is free.", "Add --dynamic-size.")
     for name in engine or []:
         check_engine_name(name)
-    engines = list(dict.fromkeys(choose_engine(name) for name in engine or []))
+    for name in engine or []:
+        choose_engine(name)  # what cannot be built here is said before anything is read
     require_extra("train", "torch", "diffusers", "transformers", "onnxscript", "onnxruntime")
     from sdq_deploy.libraries import quiet_libraries
 
@@ -130,6 +131,8 @@ def export(
         if _is_run(source)
         else _open_model(source, revision, scheduler, num_inference_steps)
     )
+    precision = job.checkpoint.spec.precision if job.checkpoint else stored
+    engines = list(dict.fromkeys(choose_engine(name, precision) for name in engine or []))
     with _stages() as on_stage:
         from sdq_export.provenance import what_is_missing
         from sdq_export.writer import export_package

@@ -88,7 +88,7 @@ class FreezingTracker:
         self.student, self.settings = student, settings
         sites = student.spec.weight_sites
         self.sites: dict[str, WeightSite] = {
-            layer: sites[layer] for layer in sensitive if settings.enabled and sites[layer].bits <= MOST_BITS
+            layer: sites[layer] for layer in sensitive if settings.enabled and sites[layer].format.bits <= MOST_BITS
         }
         self.states = {layer: Oscillation.begin(self._integers(layer)) for layer in self.sites}
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sdq_engines.formats import PRECISIONS, PrecisionName
 from sdq_engines.package.layout import ENGINES, TEXT_ENCODER
 
 __all__ = [
@@ -33,7 +34,7 @@ SIZE_INPUT = "time_ids"
 #: The denoiser's input for `ModelIO.extra_channels`, [batch, extra, h, w], the same in every step.
 EXTRA_CHANNELS = "extra_channels"
 
-Precision = Literal["fp32", "fp16", "w8a8", "w4a8", "w4a16"]
+Precision = Literal["fp32", "fp16"] | PrecisionName
 
 
 _Length = Annotated[int, Field(gt=0)]
@@ -152,6 +153,8 @@ class KernelCounts(_Strict):
     """Layers of the canonical graph that are quantized."""
     int8: int
     """Those whose kernel takes INT8 x INT8."""
+    fp8: int
+    """Those whose kernel takes FP8 x FP8."""
     int4: int
     """Those whose kernel takes INT4 weights."""
     fallback: list[str]
@@ -202,8 +205,8 @@ class Manifest(_Strict):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the denoiser's weights are integers; w8a8, w4a8 or w4a16."""
-        return self.precision not in ("fp32", "fp16")
+        """Whether the denoiser's weights are quantized."""
+        return self.precision in PRECISIONS
 
     @property
     def bytes_without_engines(self) -> int:

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sdq_engines.lowering.graph import QuantizedLayer, quantized_layers
+from sdq_engines.formats import NumberFormat
+from sdq_engines.lowering.graph import QuantizedLayer, array_type, quantized_layers
 from sdq_export.parity.graphs import GraphRunner, identity_row, step_feeds
 from sdq_export.parity.samples import TeacherSamples
-from sdq_export.quantspec import QuantSpec, grid_limits
+from sdq_export.quantspec import QuantSpec
+from sdq_export.rounding import code_steps, round_
 from sdq_export.sampler.plan import SamplerPlan
 
 __all__ = ["SiteFigures", "measure_sites"]
@@ -146,17 +148,23 @@ def _compare(
         share, largest, inputs = 0.0, 0, source
     else:
         scale = float(scales[site.name][step])
-        integers = torch.from_numpy(found[probe.integers].astype(np.float32))
-        low, high = grid_limits(site.bits)
-        wanted = torch.clamp(torch.round(source / scale), low, high)
-        difference = (integers - wanted).abs()
+        codes = _codes(found[probe.integers], site.format)
+        wanted = round_(source / scale, site.format)
+        difference = (code_steps(codes, site.format) - code_steps(wanted, site.format)).abs()
         beyond_chance = max(0, int((difference > 0).sum()) - _CHANCE_TIES)
         share, largest = beyond_chance / difference.numel(), int(difference.max())
-        inputs = integers * scale
+        inputs = codes * scale
     expected = _apply(module, inputs, probe.has_bias)
     result = torch.from_numpy(found[probe.result])
     error = float((result - expected).norm() / expected.norm().clamp_min(1e-12))
     return SiteFigures(share, largest, error, probe.layer, probe.layer)
+
+
+def _codes(found: NDArray[Any], format: NumberFormat) -> Tensor:
+    """What a QuantizeLinear put out, FP32; ONNX Runtime hands FP8 over as the bytes that it is made of."""
+    if format.kind == "float":
+        found = found.view(array_type(format.array_type))
+    return torch.from_numpy(found.astype(np.float32))
 
 
 def _apply(module: nn.Module, inputs: Tensor, has_bias: bool) -> Tensor:

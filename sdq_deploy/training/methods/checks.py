@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sdq_deploy.recipes.schema import Recipe
 from sdq_engines.errors import SdqError
+from sdq_engines.formats import PRECISIONS
 
 __all__ = ["check_method"]
 
@@ -22,20 +23,22 @@ def check_method(recipe: Recipe, processes: int) -> None:
     if recipe.method != "ptq":
         return
     algorithm, precision = recipe.ptq.algorithm, recipe.quantization.precision
+    alone = PRECISIONS[precision].weights_alone
+    others = ", ".join(f"--precision {name}" for name, each in PRECISIONS.items() if each.weights_alone)
     if algorithm == "svdquant":
         raise SdqError(
             "SVDQuant adds a floating-point low-rank branch to each layer, which the quantized checkpoint and the "
             "engines' graph have no place for.",
             "Choose another --ptq-algorithm; docs/methods.md says what each is.",
         )
-    if algorithm == "awq" and precision != "w4a16":
+    if algorithm == "awq" and not alone:
         raise SdqError(
             f"AWQ quantizes weights alone, and {precision} quantizes the inputs too.",
-            "Take --precision w4a16, or --ptq-algorithm smoothquant.",
+            f"Take {others}, or --ptq-algorithm smoothquant.",
         )
-    if algorithm == "smoothquant" and precision == "w4a16":
+    if algorithm == "smoothquant" and alone:
         raise SdqError(
-            "SmoothQuant balances weights against quantized inputs, and w4a16 leaves the inputs of its Linear layers "
-            "in floating point.",
+            f"SmoothQuant balances weights against quantized inputs, and {precision} leaves the inputs of its Linear "
+            "layers in floating point.",
             "Take --ptq-algorithm awq, or another --precision.",
         )
