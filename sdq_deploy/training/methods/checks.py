@@ -20,9 +20,17 @@ def check_method(recipe: Recipe, processes: int) -> None:
             f"The method {recipe.method} works in one process, and {processes} were started.",
             "Start it without accelerate launch.",
         )
+    precision = recipe.quantization.precision
+    floats = next((each.title for each in PRECISIONS[precision].formats if each.kind == "float"), None)
+    if recipe.method == "ptq-reconstruction" and floats:
+        raise SdqError(
+            f"The method ptq-reconstruction learns whether an integer is rounded down or up, and {precision} has "
+            f"weights in {floats}.",
+            "Take --method s2p, efficientdm or ptq.",
+        )
     if recipe.method != "ptq":
         return
-    algorithm, precision = recipe.ptq.algorithm, recipe.quantization.precision
+    algorithm = recipe.ptq.algorithm
     alone = PRECISIONS[precision].weights_alone
     others = ", ".join(f"--precision {name}" for name, each in PRECISIONS.items() if each.weights_alone)
     if algorithm == "svdquant":
