@@ -56,7 +56,9 @@ def train(
     prompt_column: Annotated[
         str | None, typer.Option("--prompt-column", help="Of such a table; default: prompt, caption or text.")
     ] = None,
-    precision: Annotated[PrecisionName | None, typer.Option("--precision", help="Weights and activations.")] = None,
+    precision: Annotated[
+        PrecisionName | None, typer.Option("--precision", help="Number formats of weights and activations.")
+    ] = None,
     method: Annotated[
         _Method | None, typer.Option("--method", help="How integers and scales are found; default: s2p.")
     ] = None,

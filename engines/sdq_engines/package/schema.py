@@ -168,7 +168,7 @@ class EngineEntry(_Strict):
     version: str
     """Of the backend's library."""
     target: str
-    """What it was built for: a GPU architecture such as "sm_89", "any RTX GPU", or a CPU instruction set."""
+    """What it was built for: a GPU architecture such as "sm_89", "any of sm_89, sm_120", or a CPU instruction set."""
     profile: ShapeProfile
     components: dict[str, str]
     """Component -> file that the backend loads, relative to the package."""
