@@ -9,8 +9,8 @@ from sdq_engines.formats import PRECISIONS, NumberFormat
 
 __all__ = ["PORTABLE_SM", "least_sm", "refusal", "require_architectures", "require_engine"]
 
-#: The oldest architecture that a TensorRT-RTX engine is built for unless an older one is named: with sm_75 in it,
-#: convolutions are compiled a second time (1.7.1: half again as large), and without a name the builder leaves it out.
+#: The oldest architecture that a TensorRT-RTX engine is built for unless an older one is named. For sm_75 its builder
+#: (1.7.1) has no INT8 convolution, and leaves it out itself where no architecture is named.
 PORTABLE_SM = 80
 
 

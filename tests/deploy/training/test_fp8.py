@@ -30,7 +30,7 @@ from tests.deploy.training.helpers import small_context
 from tests.deploy.training.methods.runs import run_method, snr_of
 from tests.tiny import tiny_unet
 
-FP8_RUN = {"quantization.precision": "fp8"}
+FP8_RUN = {"quantization.precision": "fp8", "fit.max_train_steps": 3}
 
 
 @pytest.fixture(scope="module")
