@@ -31,6 +31,7 @@ from torch import Tensor
 
 from sdq_deploy.recipes import load_recipe
 from sdq_engines.build import build_engine
+from sdq_engines.formats import PRECISIONS
 from sdq_engines.lowering.save import save_graph
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import DENOISER, PROLOGUE, SAMPLER, model_file
@@ -206,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--family", choices=FAMILIES, default="sd14")
-    parser.add_argument("--precision", choices=("w8a8", "w4a8", "w4a16"), default="w4a8")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="w4a8")
     parser.add_argument("--prologue", choices=("fp16", "int8"), default="fp16", help="how its weights are stored")
     parser.add_argument("--stage", choices=STAGES, help="this one alone, in this process")
     arguments = parser.parse_args()

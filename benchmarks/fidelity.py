@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from sdq_deploy.recipes.load import load_recipe
+from sdq_engines.formats import PRECISIONS
 
-PRECISIONS = ("w8a8", "w4a8", "w4a16")
+WEIGHTS_ALONE = tuple(name for name, each in PRECISIONS.items() if each.weights_alone)
+INPUTS_TOO = tuple(name for name in PRECISIONS if name not in WEIGHTS_ALONE)
+INTEGERS = tuple(name for name, each in PRECISIONS.items() if all(part.kind == "integer" for part in each.formats))
 S2P_PLAIN = ["--set", "fit.ild_weight=0", "--set", "freezing.enabled=false"]
 
 
@@ -32,7 +35,7 @@ class Row:
 
     name: str
     options: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = PRECISIONS
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
     steps: float = 1.0
     """Training steps, as a multiple of the recipe's."""
 
@@ -42,13 +45,13 @@ class Row:
 METHODS = (
     Row("s2p"),
     Row("efficientdm", ("--method", "efficientdm"), steps=1.5),
-    Row("reconstruction", ("--method", "ptq-reconstruction")),
+    Row("reconstruction", ("--method", "ptq-reconstruction"), INTEGERS),
     Row("ptq-search", ("--method", "ptq", "--ptq-algorithm", "search")),
     Row("ptq-mse", ("--method", "ptq", "--ptq-algorithm", "mse")),
     Row("ptq-max", ("--method", "ptq", "--ptq-algorithm", "max")),
     Row("ptq-percentile", ("--method", "ptq", "--ptq-algorithm", "percentile")),
-    Row("ptq-smoothquant", ("--method", "ptq", "--ptq-algorithm", "smoothquant"), ("w8a8", "w4a8")),
-    Row("ptq-awq", ("--method", "ptq", "--ptq-algorithm", "awq"), ("w4a16",)),
+    Row("ptq-smoothquant", ("--method", "ptq", "--ptq-algorithm", "smoothquant"), INPUTS_TOO),
+    Row("ptq-awq", ("--method", "ptq", "--ptq-algorithm", "awq"), WEIGHTS_ALONE),
 )
 
 # Time information precalculation has no row: the tables hold the very values of the layers they replace.
@@ -183,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--table", choices=TABLES, default="methods")
-    parser.add_argument("--precision", choices=PRECISIONS, default="w4a8")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="w4a8")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each row")
     parser.add_argument("--only", nargs="+", help="names of rows")

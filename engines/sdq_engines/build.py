@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
+from sdq_engines.backends.base import SM_OPTION
+from sdq_engines.backends.registry import AUTO, ENGINE_NAMES, backend, check_engine_name, fastest
+from sdq_engines.backends.supported import refusal, require_architectures, require_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_json
 from sdq_engines.package.editor import PackageEditor
@@ -39,13 +41,19 @@ _LOG_LINES = 12
 _POLL_SECONDS = 0.05
 
 
-def choose_engine(name: str) -> str:
+def choose_engine(name: str, precision: str = "") -> str:
     """`name` itself after a check, or for "auto" the fastest engine that can be built and run on this machine.
 
+    Args:
+        name: an engine's, or "auto".
+        precision: of the package that it is for; what cannot compute it is not chosen. "" where that is not known yet.
+
     Raises:
-        SdqError: unknown name; or nothing works here, with what each engine lacks.
+        SdqError: unknown name; it cannot compute the precision; or nothing works here, with what each engine lacks.
     """
     check_engine_name(name)
+    if name != AUTO:
+        require_engine(name, precision)
     if importlib.util.find_spec("onnx_ir") is None:
         raise SdqError("Building needs onnx-ir, which is not installed.", "pip install 'sdq-deploy[build]'")
     if name != AUTO:
@@ -53,7 +61,7 @@ def choose_engine(name: str) -> str:
         if not found.builds:
             raise SdqError(f"{name} cannot build here: {found.reason or 'polygraphy is not installed'}.", found.hint)
         return name
-    chosen, seen = fastest(to_build=True)
+    chosen, seen = fastest([each for each in ENGINE_NAMES if not refusal(each, precision)], to_build=True)
     if chosen is None:
         why = "; ".join(f"{engine}: {found.reason}" for engine, found in seen.items())
         raise SdqError(f"No engine works on this machine ({why}).", "pip install 'sdq-deploy[cpu]'")
@@ -73,7 +81,7 @@ def build_engine(
         package: a checked package (`open_package`).
         engine: a name of `backends.registry`.
         profile: images per call, by default one, up to four, tuned for one; and sizes, by default the package's.
-        options: of the backend, e.g. {"fp32": ["vae_decoder"]}.
+        options: of the backend, e.g. {"fp32": ["vae_decoder"]}, {"sm": [89, 120]}.
         on_progress: hears the component and stage.
 
     Returns:
@@ -83,7 +91,8 @@ def build_engine(
         SdqError: unknown engine, its library is missing, the builder refused or crashed (with the end of its log), or
             the package cannot be written; an option that this engine does not have. The package is then as it was.
     """
-    engine = choose_engine(engine)
+    engine = choose_engine(engine, package.manifest.precision)
+    require_architectures(engine, package.manifest.precision, (options or {}).get(SM_OPTION, ()))
     profile = profile or ShapeProfile()
     if not profile.batch_min <= profile.batch_opt <= profile.batch_max:
         raise SdqError(

@@ -1,6 +1,7 @@
 """The quantized checkpoint: what training leaves behind and export reads. A folder of these files.
 
-denoiser.safetensors   integer weights (int8, also for 4 bits), FP32 scales, and every parameter that is not quantized
+denoiser.safetensors   the weights' codes, of their formats' types (int8, also for INT4), FP32 scales, and every
+                       parameter that is not quantized
 embeddings.safetensors the textual inversions that prompts of the training could name, where there were any
 quant.json             the QuantSpec, the sampler it was trained for, and the source checkpoint it belongs to
 """
@@ -21,7 +22,8 @@ from torch import Tensor
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write, atomic_write_text
 from sdq_export.embeddings import Embedding, packed, unpacked
-from sdq_export.quantspec import QuantSpec, WeightSite, grid_limits
+from sdq_export.quantspec import QuantSpec, WeightSite
+from sdq_export.rounding import round_, stored_dtype
 from sdq_export.text_settings import TextSettings
 
 __all__ = [
@@ -96,7 +98,7 @@ class QuantizedCheckpoint:
 
 
 def weight_key(layer: str) -> str:
-    """Key of a layer's integer weight, int8 in the torch weight's shape."""
+    """Key of a layer's weight codes, of its format's stored type, in the torch weight's shape."""
     return f"{layer}.weight"
 
 
@@ -111,20 +113,20 @@ def scale_key(site_name: str) -> str:
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
-    """Integers of `weight` on the site's grid, int8 in the weight's shape (docs/quantization.md, "The grid")."""
-    low, high = grid_limits(site.bits)
-    return torch.clamp(torch.round(weight.float() / _spread(scale, weight, site)), low, high).to(torch.int8)
+    """Codes of `weight` in the site's format, of its stored type, in the weight's shape (docs/quantization.md, "The
+    grid")."""
+    return round_(weight.float() / _spread(scale, weight, site), site.format).to(stored_dtype(site.format))
 
 
-def dequantize_weight(integers: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
-    """FP32 weight that the integers stand for, in their shape."""
-    return integers.float() * _spread(scale, integers, site)
+def dequantize_weight(codes: Tensor, scale: Tensor, site: WeightSite) -> Tensor:
+    """FP32 weight that the codes stand for, in their shape."""
+    return codes.float() * _spread(scale, codes, site)
 
 
 def _spread(scale: Tensor, weight: Tensor, site: WeightSite) -> Tensor:
     """The scales [C_out] or [C_out, blocks] in a shape that broadcasts over the weight."""
-    if site.block_size is not None:
-        return scale.float().repeat_interleave(site.block_size, dim=1)
+    if site.format.block_size is not None:
+        return scale.float().repeat_interleave(site.format.block_size, dim=1)
     return scale.float().reshape(-1, *[1] * (weight.ndim - 1))
 
 
@@ -185,7 +187,7 @@ def _inner(folder: str | Path) -> Path:
 
 
 def _check_tensors(spec: QuantSpec, tensors: Mapping[str, Tensor]) -> None:
-    wanted = {weight_key(site.layer): torch.int8 for site in spec.weights}
+    wanted = {weight_key(site.layer): stored_dtype(site.format) for site in spec.weights}
     wanted |= {weight_scale_key(site.layer): torch.float32 for site in spec.weights}
     wanted |= {scale_key(site.name): torch.float32 for site in spec.activations}
     for name, dtype in wanted.items():

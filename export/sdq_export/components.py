@@ -24,6 +24,7 @@ from sdq_export.passes.name_nodes import NameNodes
 from sdq_export.passes.store_fp16 import StoreFp16
 from sdq_export.passes.store_integers import StoreIntegers
 from sdq_export.reference import build_reference
+from sdq_export.rounding import as_numpy
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sizes import HEIGHT, WIDTH
 from sdq_export.smoothing import divide_inputs_, smoothed_sites
@@ -106,7 +107,7 @@ def make_denoiser(
         (shape[0], HEIGHT, WIDTH) if free_size else shape,
         weights={name: tensor.numpy() for name, tensor in _tensors(reference.model) if name not in integers},
         spec=checkpoint.spec if checkpoint else None,
-        tensors={name: tensor.numpy() for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
+        tensors={name: as_numpy(tensor) for name, tensor in checkpoint.tensors.items()} if checkpoint else None,
         store_fp16=dtype == "fp16",
         extra_channels=family.extra_channels(skeleton),
         integer_layers=integer_layers,

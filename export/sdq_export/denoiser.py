@@ -15,8 +15,8 @@ from sdq_export.graph import array_of
 from sdq_export.passes.assign_weights import AssignWeights
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
 from sdq_export.passes.fold_constants import FoldConstants
-from sdq_export.passes.int4_weights import PackInt4Weights
 from sdq_export.passes.name_nodes import NameNodes
+from sdq_export.passes.pack_weights import PackWeights
 from sdq_export.passes.qdq import QuantizeActivations
 from sdq_export.passes.quantize_weights import QuantizeWeights
 from sdq_export.passes.sampler_step import LatentShape, SamplerStep
@@ -126,5 +126,5 @@ def _quantization(spec: QuantSpec, tensors: Tensors) -> list[ir.passes.InPlacePa
         QuantizeWeights(spec, tensors),
         QuantizeActivations(constant, tensors),
         TimestepScales(stepped, tensors),
-        PackInt4Weights(),
+        PackWeights(),
     ]

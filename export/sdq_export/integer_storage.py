@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sdq_engines.formats import INT4, INT8
 from sdq_export.families.time_path import FrozenLinear
 from sdq_export.sites import fitting_block
 from sdq_export.stepping import StepDenoiser
@@ -25,7 +26,6 @@ from sdq_export.storage import IntegerDtype
 
 __all__ = ["as_integers", "block_of", "component_layers", "prologue_layers", "round_to_integers_"]
 
-_LARGEST: dict[IntegerDtype, int] = {"int8": 127, "int4": 7}
 _BLOCK = 64
 _SIGNIFICANT_BITS = 11
 _SMALLEST_SCALE = 2.0**-24
@@ -69,7 +69,7 @@ def round_to_integers_(module: nn.Module, layers: Iterable[str], dtype: IntegerD
         weight: Tensor = part.weight
         block = block_of(weight.shape[1]) if dtype == "int4" and isinstance(part, nn.Linear | FrozenLinear) else None
         groups = _groups(weight.detach().numpy(), block)
-        largest = _LARGEST["int8" if block is None else "int4"]
+        largest = (INT8 if block is None else INT4).high
         scale = _scales(np.abs(groups).max(axis=-1, keepdims=True), largest)
         weight.copy_(torch.from_numpy(np.rint(groups / scale) * scale).reshape(weight.shape))
 
@@ -91,7 +91,7 @@ def as_integers(
     rows = np.moveaxis(weight, channel_axis, 0)
     groups = _groups(rows, block)
     largest = np.abs(groups).max(axis=-1, keepdims=True)
-    steps = np.float32(_LARGEST["int8" if block is None else "int4"])
+    steps = np.float32((INT8 if block is None else INT4).high)
     scale = np.where(largest > 0, np.maximum(largest / steps, np.float32(_SMALLEST_SCALE)), np.float32(1))
     integers = np.rint(groups / scale)
     if not np.array_equal(integers.astype(np.float32) * scale, groups):
@@ -105,7 +105,7 @@ def _groups(rows: NDArray[np.float32], block: int | None) -> NDArray[np.float32]
     return rows.reshape(len(rows), 1, -1) if block is None else rows.reshape(len(rows), -1, block)
 
 
-def _scales(magnitude: NDArray[np.float32], largest: int) -> NDArray[np.float32]:
+def _scales(magnitude: NDArray[np.float32], largest: float) -> NDArray[np.float32]:
     """The largest magnitudes over the largest integer, rounded up to 11 significant bits; 1 where all are zero."""
     needed = magnitude.astype(np.float64) / largest
     mantissa, exponent = np.frexp(needed)

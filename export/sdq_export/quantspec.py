@@ -1,27 +1,39 @@
-"""QuantSpec: which tensors are quantized, to how many bits, sharing which scales. Training and export agree by it.
+"""QuantSpec: which tensors are quantized, to which formats, sharing which scales. Training and export agree by it.
 
 A *site* is one quantized tensor: a weight, or an activation whose consumers share its parameters. Quantization is
 symmetric without zero points (docs/quantization.md, "The grid"):
 
-    x_hat = s * clip(round(x / s), -2^(b-1), 2^(b-1) - 1)        round half to even
+    x_hat = s * clip(round(x / s), low, high)        to the nearest code of the site's format, half to even
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, model_validator
 
-__all__ = ["ActivationSite", "OpKind", "QuantSpec", "QuantizedPrecision", "WeightSite", "grid_limits"]
+from sdq_engines.formats import (
+    INT8,
+    LayerFormats,
+    NumberFormat,
+    Operator,
+    PrecisionName,
+    formats_of,
+    number_format,
+)
 
-OpKind = Literal["conv", "linear"]
-QuantizedPrecision = Literal["w8a8", "w4a8", "w4a16"]
+__all__ = ["ActivationSite", "QuantSpec", "SiteFormat", "WeightSite"]
 
 
-def grid_limits(bits: int) -> tuple[int, int]:
-    """The least and the greatest integer of the symmetric grid of `bits` bits: (-2^(b-1), 2^(b-1) - 1)."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+def _read_format(value: Any) -> Any:
+    return number_format(value) if isinstance(value, str) else value
+
+
+#: A number format, written as its name.
+SiteFormat = Annotated[
+    InstanceOf[NumberFormat], BeforeValidator(_read_format), PlainSerializer(lambda format: format.name, str)
+]
 
 
 class _Frozen(BaseModel):
@@ -29,18 +41,22 @@ class _Frozen(BaseModel):
 
 
 class WeightSite(_Frozen):
-    """One quantized weight. Its integers are the tensor `<layer>.weight`, its scales `<layer>.weight_scale`.
+    """One quantized weight. Its codes are the tensor `<layer>.weight`, its scales `<layer>.weight_scale`.
 
     Scales are FP32, [C_out] per output channel, or [C_out, C_in / block_size] in blocks along a Linear's input.
     """
 
     layer: str
     """Module path in the denoiser, e.g. `mid_block.resnets.0.conv1`."""
-    op: OpKind
-    bits: Literal[4, 8]
-    axis: Literal[0] = 0
-    """The channel axis of the torch weight: output channels, for Conv2d and Linear alike."""
-    block_size: int | None = Field(default=None, ge=16)
+    op: Operator
+    format: SiteFormat
+    """By channel, axis 0 of the torch weight for Conv2d and Linear alike, or in blocks."""
+
+    @model_validator(mode="after")
+    def _by_channel(self) -> WeightSite:
+        if self.format.granularity == "tensor":
+            raise ValueError(f"the weight of {self.layer} must have a scale per output channel or block")
+        return self
 
 
 class ActivationSite(_Frozen):
@@ -49,7 +65,7 @@ class ActivationSite(_Frozen):
     name: str
     """`<first consumer>.input`."""
     consumers: tuple[str, ...] = Field(min_length=1)
-    bits: Literal[8] = 8
+    format: SiteFormat = INT8.per_tensor()
     groups: tuple[int, ...]
     """Step -> scale group; consecutive steps share a group, numbered from 0 without gaps."""
 
@@ -60,6 +76,8 @@ class ActivationSite(_Frozen):
 
     @model_validator(mode="after")
     def _consecutive(self) -> ActivationSite:
+        if self.format.granularity != "tensor":
+            raise ValueError(f"{self.name} must have one scale for the tensor")
         if self.groups[0] != 0 or any(b - a not in (0, 1) for a, b in zip(self.groups, self.groups[1:], strict=False)):
             raise ValueError(f"the groups of {self.name} must start at 0 and rise by 0 or 1 a step: {self.groups}")
         return self
@@ -69,7 +87,7 @@ class QuantSpec(_Frozen):
     """Every site of a quantized denoiser."""
 
     version: Literal[1] = 1
-    precision: QuantizedPrecision
+    precision: PrecisionName
     num_steps: int = Field(gt=0)
     """T, the number of model calls in one full run."""
     weights: tuple[WeightSite, ...]
@@ -89,6 +107,7 @@ class QuantSpec(_Frozen):
         ]
         if problems:
             raise ValueError("; ".join(problems))
+        assert self.formats.keys() == layers.keys()  # each pair is one that a layer may have
         return self
 
     @property
@@ -105,3 +124,12 @@ class QuantSpec(_Frozen):
     def activation_of(self) -> dict[str, ActivationSite]:
         """The activation site that each layer reads; layers without one are absent (w4a16's Linear)."""
         return {layer: site for site in self.activations for layer in site.consumers}
+
+    @property
+    def formats(self) -> dict[str, LayerFormats]:
+        """What the operands of each quantized layer are quantized to."""
+        inputs = self.activation_of
+        return {
+            site.layer: formats_of(site.format, inputs[site.layer].format if site.layer in inputs else None)
+            for site in self.weights
+        }

@@ -12,31 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from sdq_export.checkpoint import dequantize_weight, scale_key, weight_key, weight_scale_key
-from sdq_export.quantspec import ActivationSite, QuantSpec, grid_limits
+from sdq_export.quantspec import ActivationSite, QuantSpec
+from sdq_export.rounding import fake_quantize
 from sdq_export.smoothing import smooth_
 from sdq_export.step_state import StepState
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["ActivationQuantizer", "build_reference", "fake_quantize", "move_reference_"]
-
-
-def fake_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """s * clip(round(x / s), -2^(b-1), 2^(b-1) - 1), round half to even, in FP32 (docs/quantization.md, "The grid").
-
-    Args:
-        x: any shape.
-        scale: broadcasts over x, positive.
-        bits: b.
-    """
-    low, high = grid_limits(bits)
-    return torch.clamp(torch.round(x.float() / scale), low, high) * scale
+__all__ = ["ActivationQuantizer", "build_reference", "move_reference_"]
 
 
 class ActivationQuantizer(nn.Module):
     """Fake quantization of one activation site, by the scale of each sample's step.
 
     Args:
-        site: bits and the step's group.
+        site: the format and the step's group.
         scale: FP32 [G].
         state: holds the batch's steps.
     """
@@ -45,7 +34,7 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, site: ActivationSite, scale: Tensor, state: StepState) -> None:
         super().__init__()
-        self.bits, self.state, self.enabled = site.bits, state, True
+        self.format, self.state, self.enabled = site.format, state, True
         self.register_buffer("per_step", scale.float()[torch.tensor(site.groups)], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +42,7 @@ class ActivationQuantizer(nn.Module):
         if not self.enabled:
             return x
         scale = self.per_step[self.state.steps].reshape(-1, *[1] * (x.ndim - 1))
-        return fake_quantize(x, scale, self.bits).to(x.dtype)
+        return fake_quantize(x, scale, self.format).to(x.dtype)
 
 
 def build_reference(

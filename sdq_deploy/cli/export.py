@@ -152,7 +152,8 @@ def export(
         raise SdqError("--size needs graphs whose size is free.", "Add --dynamic-size.")
     for name in engine or []:
         check_engine_name(name)
-    engines = list(dict.fromkeys(choose_engine(name) for name in engine or []))
+    for name in engine or []:
+        choose_engine(name)  # what cannot be built here is said before anything is read
     require_extra("train", "torch", "diffusers", "transformers", "onnxscript", "onnxruntime")
     from sdq_deploy.libraries import quiet_libraries
 
@@ -167,6 +168,8 @@ def export(
         if _is_run(source)
         else _open_model(source, revision, scheduler, num_inference_steps, from_file)
     )
+    precision = job.checkpoint.spec.precision if job.checkpoint else stored
+    engines = list(dict.fromkeys(choose_engine(name, precision) for name in engine or []))
     source_told = _with_text(job, source, prompt_chunks, clip_skip, embedding or [])
     with _stages() as on_stage:
         from sdq_export.provenance import what_is_missing

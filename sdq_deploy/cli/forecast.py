@@ -28,14 +28,18 @@ def print_forecast(found: Forecast, as_json: bool) -> None:
 
 
 def _rows(found: Forecast) -> list[tuple[str, str]]:
-    weights = ", ".join(f"{count} of {bits} bits" for bits, count in found.quantized_weights.items())
+    weights = ", ".join(f"{count} of {title}" for title, count in found.quantized_weights.items())
     rows = [
         (
             "denoiser",
             f"{found.parameters / 1e6:,.1f} M parameters, {100 * found.quantized_share:.1f} % to be quantized",
         ),
         ("weights", f"{weights}; in floating point: {', '.join(found.kept) or 'none'}"),
-        ("activations", f"{found.activation_sites} of 8 bits, {found.scales_per_site} scale(s) each"),
+        (
+            "activations",
+            f"{found.activation_sites} of {', '.join(found.activation_formats) or 'none'}, "
+            f"{found.scales_per_site} scale(s) each",
+        ),
     ]
     if found.sensitive:
         total = sum(found.quantized_weights.values())

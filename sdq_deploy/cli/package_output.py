@@ -80,6 +80,7 @@ def print_engine(name: str, entry: dict[str, Any]) -> None:
         return
     say(
         f"  of {kernels['quantized_layers']} quantized layers: {kernels['int8']} INT8 x INT8 kernels, "
+        f"{kernels['fp8']} FP8 x FP8, "
         f"{kernels['int4']} INT4, {len(kernels['fallback'])} in floating point"
     )
     # All of them is the engine's nature; some are worth naming.

@@ -166,6 +166,14 @@ def build(
             "--bf16", help="Repeatable: a component that NVIDIA engines compute in BF16, e.g. text_encoder_3, a T5."
         ),
     ] = None,
+    sm: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--sm",
+            help="Repeatable: an NVIDIA architecture that a tensorrt-rtx engine is for, e.g. 89 (Ada) or 120 "
+            "(Blackwell). Default: every one from 80 that can compute the package.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Add engines to a package. Needs no torch, so it runs on the machine that will use them.
@@ -180,12 +188,12 @@ def build(
 
     for name in engine:
         check_engine_name(name)
-    names = list(dict.fromkeys(choose_engine(name) for name in engine))
     checked = open_package(package)
+    names = list(dict.fromkeys(choose_engine(name, checked.manifest.precision) for name in engine))
     _check_components([*(fp32 or []), *(bf16 or [])], list(checked.manifest.components))
     profile = ShapeProfile(batch_min=batch_min, batch_opt=batch_opt, batch_max=batch_max)
     profile = profile_of_sizes(profile, [parse_size(text) for text in size or []])
-    options = {name: value for name, value in (("fp32", fp32), ("bf16", bf16)) if value}
+    options = {name: value for name, value in (("fp32", fp32), ("bf16", bf16), ("sm", sm)) if value}
     check_options(options, names)
     for name in names:
         honoured = {option: value for option, value in options.items() if option in backend(name).build_options}

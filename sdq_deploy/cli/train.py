@@ -9,15 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from sdq_deploy.cli.prompt_options import ClipSkipOption, EmbeddingOption, PromptChunksOption
-from sdq_deploy.cli.shared import ConfigOption, JsonOption, VaeFromOption, console, print_json, require_extra
+from sdq_deploy.cli.shared import (
+    ConfigOption,
+    JsonOption,
+    VaeFromOption,
+    console,
+    print_json,
+    require_extra,
+)
+from sdq_engines.formats import PrecisionName
 
 __all__ = ["register"]
-
-
-class _Precision(enum.StrEnum):
-    w8a8 = "w8a8"
-    w4a8 = "w4a8"
-    w4a16 = "w4a16"
 
 
 class _Method(enum.StrEnum):
@@ -65,7 +67,9 @@ def train(
     prompt_column: Annotated[
         str | None, typer.Option("--prompt-column", help="Of such a table; default: prompt, caption or text.")
     ] = None,
-    precision: Annotated[_Precision | None, typer.Option("--precision", help="Weights and activations.")] = None,
+    precision: Annotated[
+        PrecisionName | None, typer.Option("--precision", help="Number formats of weights and activations.")
+    ] = None,
     method: Annotated[
         _Method | None, typer.Option("--method", help="How integers and scales are found; default: s2p.")
     ] = None,
@@ -119,7 +123,7 @@ def train(
     options: dict[str, Any] = {
         "method": method.value if method is not None else "ptq" if ptq_algorithm is not None else None,
         "ptq.algorithm": None if ptq_algorithm is None else ptq_algorithm.value,
-        "quantization.precision": None if precision is None else precision.value,
+        "quantization.precision": precision,
         "text.clip_skip": clip_skip,
         "text.prompt_chunks": prompt_chunks,
         "sampling.scheduler": scheduler,

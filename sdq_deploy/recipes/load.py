@@ -7,17 +7,17 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from sdq_deploy.recipes.report import describe_errors
-from sdq_deploy.recipes.schema import Precision, Recipe
+from sdq_deploy.recipes.schema import Recipe
 from sdq_engines.errors import SdqError
+from sdq_engines.formats import PRECISIONS
 
 __all__ = ["available_recipes", "load_recipe", "parse_assignments", "read_recipe", "recipe_from", "with_overrides"]
 
-PRECISIONS: tuple[str, ...] = get_args(Precision)
 Tree = dict[str, Any]
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sdq_engines.formats import PrecisionName
+
 __all__ = [
     "SCHEDULERS",
     "Calibrate",
@@ -20,7 +22,6 @@ __all__ = [
     "OptimizerState",
     "PerBits",
     "Pipeline",
-    "Precision",
     "Ptq",
     "PtqAlgorithm",
     "Quantization",
@@ -31,7 +32,6 @@ __all__ = [
     "Text",
 ]
 
-Precision = Literal["w8a8", "w4a8", "w4a16"]
 OptimizerState = Literal["fp32", "8bit"]
 Pipeline = Literal["serial-to-parallel", "parallel", "serial"]
 
@@ -63,7 +63,7 @@ class Sampling(_Section):
 class Quantization(_Section):
     """Which tensors are quantized, and to how many bits."""
 
-    precision: Precision
+    precision: PrecisionName
     keep: tuple[str, ...]
     """Globs over layer paths that stay in floating point, beside the time path and the prologue."""
     bits: dict[str, Bits] = Field(default_factory=dict)

@@ -49,9 +49,7 @@ def weight_scales(
     scales: dict[str, Tensor] = {}
     for site in spec.weights:
         weight: Tensor = denoiser.get_parameter(f"{site.layer}.weight").to(device)
-        found = search_weight_scale(
-            weight, site.bits, site.block_size, points=settings.search_points, power=settings.search_power
-        )
+        found = search_weight_scale(weight, site.format, points=settings.search_points, power=settings.search_power)
         scales[weight_scale_key(site.layer)] = found.cpu().contiguous()
         advance()
     return scales
@@ -75,7 +73,7 @@ def activation_scales(largest: dict[str, Tensor], spec: QuantSpec) -> dict[str, 
     for site in spec.activations:
         groups = torch.tensor(site.groups)
         tops = torch.stack([largest[site.name][groups == group].max() for group in range(site.num_groups)])
-        scales[scale_key(site.name)] = _fill_gaps(max_scale(tops, site.bits), tops > 0)
+        scales[scale_key(site.name)] = _fill_gaps(max_scale(tops, site.format), tops > 0)
     return scales
 
 

@@ -49,9 +49,9 @@ class Forecast:
     Attributes:
         model, method, precision: what is trained, how, to what.
         parameters: of the denoiser.
-        quantized_weights: bits -> number of weight sites.
+        quantized_weights: number format -> number of weight sites.
         quantized_share: of the denoiser's parameters, those in a weight site.
-        activation_sites, scales_per_site: what is quantized of the activations.
+        activation_sites, activation_formats, scales_per_site: what is quantized of the activations.
         kept: layers that stay in floating point, precomputed ones not among them.
         sensitive: layers that will be chosen for distillation and freezing, of all weight sites.
         latents, dataset_bytes: of the serial dataset.
@@ -70,9 +70,10 @@ class Forecast:
     method: str
     precision: str
     parameters: int
-    quantized_weights: dict[int, int]
+    quantized_weights: dict[str, int]
     quantized_share: float
     activation_sites: int
+    activation_formats: tuple[str, ...]
     scales_per_site: int
     kept: tuple[str, ...]
     sensitive: int
@@ -163,9 +164,10 @@ def _forecast(settings: TrainingSettings, source: Source) -> Forecast:
         method=recipe.method,
         precision=spec.precision,
         parameters=count(denoiser.model),
-        quantized_weights=dict(sorted(Counter(site.bits for site in spec.weights).items())),
+        quantized_weights=dict(sorted(Counter(site.format.title for site in spec.weights).items())),
         quantized_share=quantized / count(denoiser.model),
         activation_sites=len(spec.activations),
+        activation_formats=tuple(sorted({site.format.title for site in spec.activations})),
         scales_per_site=spec.activations[0].num_groups if spec.activations else 0,
         kept=tuple(_kept(denoiser, spec)),
         sensitive=context.method.sensitive_layers(recipe, spec),

@@ -75,12 +75,16 @@ class Oscillation:
         self.frozen |= newly
 
 
+def _oscillates(site: WeightSite) -> bool:
+    return site.format.kind == "integer" and site.format.bits <= MOST_BITS
+
+
 class FreezingTracker:
-    """Follows the sensitive layers of at most 4 bits, and holds their frozen weights in place.
+    """Follows the sensitive layers of integers of at most 4 bits, and holds their frozen weights in place.
 
     Args:
         student: whose weights to follow.
-        sensitive: layers; those of more bits are left alone.
+        sensitive: layers; those of more bits, and of floats, are left alone.
         settings: of the recipe.
     """
 
@@ -88,7 +92,7 @@ class FreezingTracker:
         self.student, self.settings = student, settings
         sites = student.spec.weight_sites
         self.sites: dict[str, WeightSite] = {
-            layer: sites[layer] for layer in sensitive if settings.enabled and sites[layer].bits <= MOST_BITS
+            layer: sites[layer] for layer in sensitive if settings.enabled and _oscillates(sites[layer])
         }
         self.states = {layer: Oscillation.begin(self._integers(layer)) for layer in self.sites}
 

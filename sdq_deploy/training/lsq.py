@@ -11,57 +11,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdq_export.quantspec import grid_limits
+from sdq_engines.formats import NumberFormat
+from sdq_export.rounding import round_
 
 __all__ = ["broadcast_scale", "fake_quantize_lsq", "sample_scale", "step_gradient_scale"]
 
 
-def step_gradient_scale(elements: int, bits: int) -> float:
+def step_gradient_scale(elements: int, format: NumberFormat) -> float:
     """1 / sqrt(N * Q_P), which makes a scale's gradient comparable with the weights' (LSQ section 2.2).
 
     Args:
         elements: N, elements that share the scale: of one channel or block for a weight, of one *sample* for an
             activation, so that the size of the batch, and of each process's part of it, does not matter.
-        bits: b of the grid.
+        format: Q_P is its greatest code.
     """
-    return 1.0 / math.sqrt(elements * grid_limits(bits)[1])
+    return 1.0 / math.sqrt(elements * format.high)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, gradient_scale: float) -> Tensor:
-        x_hat = (x / scale).round_().clamp_(low, high).mul_(scale)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, format: NumberFormat, gradient_scale: float) -> Tensor:
+        x_hat = round_(x / scale, format).mul_(scale)
         ctx.save_for_backward(x, x_hat, scale)
-        ctx.range = (low, high, gradient_scale)
+        ctx.range = (format.low, format.high, gradient_scale)
         return x_hat
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, x_hat, scale = ctx.saved_tensors
         low, high, gradient_scale = ctx.range
         # The gradient where -Q_N < x / s < Q_P, 0 elsewhere: what hardtanh's backward computes, in one pass.
         grad_x = torch.ops.aten.hardtanh_backward(grad, x / scale, low, high)
         if not ctx.needs_input_grad[1]:
-            return grad_x, None, None, None, None
-        # dx_hat/ds = round(v) - v inside and the clipped integer outside = (x_hat - [inside] x) / s.
+            return grad_x, None, None, None
+        # dx_hat/ds = round(v) - v inside and the clipped code outside = (x_hat - [inside] x) / s.
         slope = torch.mul(grad, x_hat).addcmul_(grad_x, x, value=-1).sum_to_size(scale.shape)
-        return grad_x, (slope / scale).mul_(gradient_scale), None, None, None
+        return grad_x, (slope / scale).mul_(gradient_scale), None, None
 
 
-def fake_quantize_lsq(x: Tensor, scale: Tensor, bits: int, gradient_scale: float) -> Tensor:
-    """Round `x` to the grid `scale * {-Q_N .. Q_P}`, half to even, with LSQ's gradients.
+def fake_quantize_lsq(x: Tensor, scale: Tensor, format: NumberFormat, gradient_scale: float) -> Tensor:
+    """Round `x` to `scale` times a code of the format, half to even, with LSQ's gradients.
+
+    They hold for any format: rounding counts as the identity (straight through), so inside the limits x_hat = s v_hat
+    changes with s by the rounding error v_hat - v, outside by the clipped code. Of integers that error is uniform in
+    [-1/2, 1/2]. Of FP8 it is up to 1/16 of v itself: the scale is drawn to where the large values round well and are
+    not clipped, which is what decides there, for a float's relative precision is the same at every scale.
 
     The arithmetic is FP32 whatever the dtype of `x`, also under autocast; the result has the dtype of `x`.
 
     Args:
         x: any shape, floating point.
         scale: FP32, positive, of as many dimensions as `x`: the leading ones of `x`, then ones.
-        bits: b of the grid.
+        format: whose codes.
         gradient_scale: factor on the gradient of `scale`, from `step_gradient_scale`.
     """
     with torch.autocast(x.device.type, enabled=False):
-        low, high = grid_limits(bits)
-        result: Tensor = _FakeQuantize.apply(x.float(), scale, low, high, gradient_scale)  # type: ignore[no-untyped-call]
+        result: Tensor = _FakeQuantize.apply(x.float(), scale, format, gradient_scale)  # type: ignore[no-untyped-call]
         return result.to(x.dtype)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from sdq_deploy.training.lsq import broadcast_scale, fake_quantize_lsq, sample_scale, step_gradient_scale
+from sdq_engines.formats import NumberFormat
 from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite
+from sdq_export.rounding import stored_dtype
 from sdq_export.step_state import StepState
 from sdq_export.stepping import StepDenoiser
 
@@ -29,6 +32,7 @@ __all__ = [
     "activation_quantizers",
     "import_modelopt",
     "insert_quantizers",
+    "modelopt_bits",
     "only_conv_and_linear",
     "weight_quantizers",
 ]
@@ -45,8 +49,7 @@ class _Forward(Protocol):
 class WeightForward:
     """Fake quantization of a weight: one scale per output channel, or per block along a Linear's input."""
 
-    bits: int
-    block_size: int | None
+    format: NumberFormat
 
     def before_rounding(self, x: Tensor, quantizer: Any) -> Tensor:
         """What is rounded: the weight as it is."""
@@ -54,26 +57,26 @@ class WeightForward:
 
     def __call__(self, x: Tensor, quantizer: Any) -> Tensor:
         scale = quantizer.log_scale.exp()
-        if self.block_size is None:
+        block = self.format.block_size
+        if block is None:
             elements = x.numel() // x.shape[0]
-            return fake_quantize_lsq(
-                x, broadcast_scale(scale, x.ndim), self.bits, step_gradient_scale(elements, self.bits)
-            )
-        blocks = x.reshape(x.shape[0], -1, self.block_size)
-        gradient_scale = step_gradient_scale(self.block_size, self.bits)
-        return fake_quantize_lsq(blocks, scale[:, :, None], self.bits, gradient_scale).reshape(x.shape)
+            gradient_scale = step_gradient_scale(elements, self.format)
+            return fake_quantize_lsq(x, broadcast_scale(scale, x.ndim), self.format, gradient_scale)
+        blocks = x.reshape(x.shape[0], -1, block)
+        gradient_scale = step_gradient_scale(block, self.format)
+        return fake_quantize_lsq(blocks, scale[:, :, None], self.format, gradient_scale).reshape(x.shape)
 
 
 @dataclass(frozen=True)
 class ActivationForward:
     """Fake quantization of an activation: each sample by the scale of its own step's group."""
 
-    bits: int
+    format: NumberFormat
     state: StepState
 
     def __call__(self, x: Tensor, quantizer: Any) -> Tensor:
         scale = sample_scale(quantizer.log_scale, quantizer.groups, self.state.steps, x.ndim).exp()
-        return fake_quantize_lsq(x, scale, self.bits, step_gradient_scale(x[0].numel(), self.bits))
+        return fake_quantize_lsq(x, scale, self.format, step_gradient_scale(x[0].numel(), self.format))
 
 
 def _entrypoint(x: Tensor, quantizer: Any) -> Tensor:
@@ -133,18 +136,29 @@ def insert_quantizers(denoiser: StepDenoiser, spec: QuantSpec, scales: Mapping[s
         _attach_activation(denoiser, activation, scales[f"{activation.name}.scale"])
 
 
+def modelopt_bits(format: NumberFormat) -> int | tuple[int, int]:
+    """The format as modelopt names it: bits of an integer, (exponent, mantissa) bits of a float."""
+    if format.kind == "integer":
+        return format.bits
+    mantissa = round(-math.log2(torch.finfo(stored_dtype(format)).eps))
+    return format.bits - 1 - mantissa, mantissa
+
+
 def _quantizer_config(spec: QuantSpec) -> list[dict[str, Any]]:
     """Everything off, then one entry per site by its full name."""
     config: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     config += [
         {
             "quantizer_name": f"{site.layer}.weight_quantizer",
-            "cfg": {"num_bits": site.bits, "axis": 0, "backend": BACKEND},
+            "cfg": {"num_bits": modelopt_bits(site.format), "axis": 0, "backend": BACKEND},
         }
         for site in spec.weights
     ]
     config += [
-        {"quantizer_name": f"{layer}.input_quantizer", "cfg": {"num_bits": site.bits, "backend": BACKEND}}
+        {
+            "quantizer_name": f"{layer}.input_quantizer",
+            "cfg": {"num_bits": modelopt_bits(site.format), "backend": BACKEND},
+        }
         for site in spec.activations
         for layer in site.consumers
     ]
@@ -154,7 +168,7 @@ def _quantizer_config(spec: QuantSpec) -> list[dict[str, Any]]:
 def _attach_weight(denoiser: StepDenoiser, site: WeightSite, scale: Tensor) -> None:
     quantizer: Any = denoiser.model.get_submodule(f"{site.layer}.weight_quantizer")
     quantizer.log_scale = nn.Parameter(scale.detach().float().log())
-    quantizer.lsq = WeightForward(site.bits, site.block_size)
+    quantizer.lsq = WeightForward(site.format)
 
 
 def _attach_activation(denoiser: StepDenoiser, site: ActivationSite, scale: Tensor) -> None:
@@ -162,7 +176,7 @@ def _attach_activation(denoiser: StepDenoiser, site: ActivationSite, scale: Tens
     quantizer: Any = denoiser.model.get_submodule(f"{first}.input_quantizer")
     quantizer.log_scale = nn.Parameter(scale.detach().float().log())
     quantizer.register_buffer("groups", torch.tensor(site.groups), persistent=False)
-    quantizer.lsq = ActivationForward(site.bits, denoiser.state)
+    quantizer.lsq = ActivationForward(site.format, denoiser.state)
     for layer in others:
         denoiser.model.get_submodule(layer).input_quantizer = quantizer
 

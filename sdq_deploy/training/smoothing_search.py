@@ -22,7 +22,7 @@ from sdq_deploy.training.guidance import predict_outputs
 from sdq_deploy.training.search import max_scale, search_weight_scale
 from sdq_export.checkpoint import dequantize_weight, quantize_weight
 from sdq_export.quantspec import ActivationSite, QuantSpec
-from sdq_export.reference import fake_quantize
+from sdq_export.rounding import fake_quantize
 from sdq_export.smoothing import smoothing_key
 from sdq_export.stepping import StepDenoiser
 
@@ -101,7 +101,7 @@ def _smoothable(site: ActivationSite, spec: QuantSpec) -> bool:
     Smoothing helps the input at the weight's cost. On shapes-64 4-bit weights could not pay it: smoothed W4A8 started
     1.2 dB nearer to the teacher and after training ended 0.7 dB further (docs/benchmarks.md).
     """
-    return all(spec.weight_sites[layer].bits == 8 for layer in site.consumers)
+    return all(spec.weight_sites[layer].format.bits >= 8 for layer in site.consumers)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _candidate(
     for layer, weight in raw.items():
         spread = weight * divisor.to(weight).reshape(1, -1, *[1] * (weight.ndim - 2))
         place = spec.weight_sites[layer]
-        scale = search_weight_scale(spread, place.bits, place.block_size, points=_POINTS)
+        scale = search_weight_scale(spread, place.format, points=_POINTS)
         weights[layer] = dequantize_weight(quantize_weight(spread, scale, place), scale, place)
     return _Candidate(factors, _group_scales(site, peaks / divisor), weights)
 
@@ -148,7 +148,7 @@ def _group_scales(site: ActivationSite, peaks: Tensor) -> Tensor:
     """f32 [T]: what just holds the largest channel of the step's group."""
     groups = torch.tensor(site.groups)
     tops = torch.stack([peaks[groups == group].max() for group in range(site.num_groups)])
-    return max_scale(tops, site.bits)[groups]
+    return max_scale(tops, site.format)[groups]
 
 
 def _output_errors(
@@ -168,7 +168,7 @@ def _output_errors(
         if candidate.factors is not None:
             inverse = (1 / candidate.factors).to(x)
             x = x * (inverse.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d) else inverse)
-        found = _apply(module, fake_quantize(x, scale, site.bits), candidate.weights[layer].to(x))
+        found = _apply(module, fake_quantize(x, scale, site.format), candidate.weights[layer].to(x))
         errors[site.name] += float((found - output).square().sum())
 
     watched = [(site, layer) for site in sites for layer in site.consumers]

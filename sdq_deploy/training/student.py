@@ -112,7 +112,7 @@ def parameter_groups(student: Student, fit: Fit) -> list[dict[str, Any]]:
     Scales have their own learning rates and no weight decay; a parameter that is not quantized follows the lowest
     bits in use, whose rate is the larger. `peak_lr` is the rate that the schedule scales.
     """
-    bits_of = {site.layer: site.bits for site in student.spec.weights}
+    bits_of = {site.layer: site.format.bits for site in student.spec.weights}
     lowest = min(bits_of.values(), default=8)
     grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     names: dict[tuple[float, float], str] = {}

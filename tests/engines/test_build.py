@@ -79,6 +79,7 @@ def test_tensorrt_rtx_builds_without_a_gpu_and_keeps_integer_kernels(tmp_path: P
     assert entry.kernels.fallback == []
     assert (entry.kernels.int8, entry.kernels.int4) == ((2, 4) if precision == "w4a16" else (6, 0))
     assert "sm_89" in entry.target
+    assert "sm_75" not in entry.target
     assert ("denoiser", "building") in heard
     open_package(package.folder)
 

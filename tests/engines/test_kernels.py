@@ -20,21 +20,23 @@ def line(kind: str, inputs: list[str], constants: list[str], source: str) -> str
 
 
 @pytest.mark.parametrize(
-    ("kind", "inputs", "constants", "int8", "int4"),
+    ("kind", "inputs", "constants", "int8", "int4", "fp8"),
     [
-        ("correlation", ["Int8"], ["Int8", "Float", "Float"], True, False),
-        ("gemm", ["Int8", "Int8"], ["Float"], True, False),
-        ("correlation", ["Half", "Half"], ["Float"], False, False),  # decompressed to half first
-        ("correlation", ["Half"], ["Int8", "Float"], False, False),  # weight only
-        ("runtime_fusion", ["Half"], ["Int4", "Half"], False, True),
-        ("gemm", ["Int8"], ["Int4"], False, True),
+        ("correlation", ["Int8"], ["Int8", "Float", "Float"], True, False, False),
+        ("gemm", ["Int8", "Int8"], ["Float"], True, False, False),
+        ("correlation", ["Half", "Half"], ["Float"], False, False, False),  # decompressed to half first
+        ("correlation", ["Half"], ["Int8", "Float"], False, False, False),  # weight only
+        ("runtime_fusion", ["Half"], ["Int4", "Half"], False, True, False),
+        ("gemm", ["Int8"], ["Int4"], False, True, False),
+        ("correlation", ["FP8"], ["FP8", "Float", "Float"], False, False, True),
+        ("gemm", ["Half"], ["FP8", "Float"], False, False, False),
     ],
 )
 def test_a_kernel_is_judged_by_its_operands(
-    kind: str, inputs: list[str], constants: list[str], int8: bool, int4: bool
+    kind: str, inputs: list[str], constants: list[str], int8: bool, int4: bool, fp8: bool
 ) -> None:
     (found,) = tensorrt_layers("Layers:\n" + line(kind, inputs, constants, "down.0.conv1"))
-    assert (found.int8, found.int4) == (int8, int4)
+    assert (found.multiplies("int8"), found.reads("int4"), found.multiplies("fp8")) == (int8, int4, fp8)
     assert "down.0.conv1" in found.sources
 
 
@@ -44,5 +46,5 @@ def test_kernels_that_move_data_are_not_counted() -> None:
 
 
 def test_two_int8_operands_are_needed() -> None:
-    assert not CompiledLayer(frozenset(), ("int8_t", "float32"), ()).int8
-    assert CompiledLayer(frozenset(), ("uint8_t", "int8_t"), ()).int8
+    assert not CompiledLayer(frozenset(), ("int8_t", "float32"), ()).multiplies("int8")
+    assert CompiledLayer(frozenset(), ("uint8_t", "int8_t"), ()).multiplies("int8")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.scales import largest_value_scale
+from sdq_engines.formats import PrecisionName
 from sdq_export.checkpoint import (
     CheckpointInfo,
     QuantizedCheckpoint,
@@ -19,7 +20,7 @@ from sdq_export.checkpoint import (
     weight_key,
     weight_scale_key,
 )
-from sdq_export.quantspec import QuantizedPrecision, QuantSpec
+from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler import SamplerPlan
 from sdq_export.sites import find_sites
 from sdq_export.smoothing import INVERSE, smooth_, smoothing_key
@@ -31,7 +32,7 @@ TIME_PATH = ("time_embedding", "time_emb_proj", "add_embedding")
 def quantized_checkpoint(
     source: Source,
     plan: SamplerPlan,
-    precision: QuantizedPrecision,
+    precision: PrecisionName,
     groups: int | None = None,
     *,
     smooth: bool = False,

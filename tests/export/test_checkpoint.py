@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdq_engines.errors import SdqError
+from sdq_engines.formats import INT4, INT8, PrecisionName
 from sdq_export.checkpoint import (
     CheckpointInfo,
     SamplerSettings,
@@ -21,8 +22,9 @@ from sdq_export.checkpoint import (
     weight_key,
     weight_scale_key,
 )
-from sdq_export.quantspec import QuantizedPrecision, QuantSpec, WeightSite
-from sdq_export.reference import build_reference, fake_quantize
+from sdq_export.quantspec import QuantSpec, WeightSite
+from sdq_export.reference import build_reference
+from sdq_export.rounding import fake_quantize
 from sdq_export.sites import find_sites
 from sdq_export.stepping import StepDenoiser
 from tests.tiny import WIDTH, prompt_rows, tiny_unet
@@ -30,15 +32,15 @@ from tests.tiny import WIDTH, prompt_rows, tiny_unet
 TIMESTEPS = torch.tensor([981, 500, 1])
 
 
-def plain_checkpoint(precision: QuantizedPrecision = "w8a8") -> tuple[CheckpointInfo, dict[str, Tensor]]:
+def plain_checkpoint(precision: PrecisionName = "w8a8") -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """The tiny UNet quantized by the greatest magnitudes, activations on a grid of 0.05."""
     unet = tiny_unet()
     spec = find_sites(unet, len(TIMESTEPS), precision)
     tensors = dict(unet.state_dict())
     for site in spec.weights:
         weight = tensors[weight_key(site.layer)]
-        rows = weight.reshape(len(weight), -1, site.block_size) if site.block_size else weight.flatten(1)
-        scale = rows.abs().amax(-1) / (2 ** (site.bits - 1) - 1)
+        rows = weight.reshape(len(weight), -1, site.format.block_size) if site.format.block_size else weight.flatten(1)
+        scale = rows.abs().amax(-1) / site.format.high
         tensors[weight_scale_key(site.layer)] = scale
         tensors[weight_key(site.layer)] = quantize_weight(weight, scale, site)
     for activation in spec.activations:
@@ -48,7 +50,7 @@ def plain_checkpoint(precision: QuantizedPrecision = "w8a8") -> tuple[Checkpoint
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w4a8", "w4a16"])
-def test_round_trip(tmp_path: Path, precision: QuantizedPrecision) -> None:
+def test_round_trip(tmp_path: Path, precision: PrecisionName) -> None:
     info, tensors = plain_checkpoint(precision)
     save_checkpoint(tmp_path / "checkpoint", info, tensors)
     for folder in (tmp_path, tmp_path / "checkpoint"):
@@ -59,7 +61,7 @@ def test_round_trip(tmp_path: Path, precision: QuantizedPrecision) -> None:
 
 
 def test_blocks_have_their_own_scales() -> None:
-    site = WeightSite(layer="a", op="linear", bits=4, block_size=16)
+    site = WeightSite(layer="a", op="linear", format=INT4.in_blocks(16))
     weight = torch.cat([torch.full((2, 16), 0.7), torch.full((2, 16), 7.0)], dim=1)
     scale = torch.tensor([[0.1, 1.0], [0.1, 1.0]])
     integers = quantize_weight(weight, scale, site)
@@ -69,7 +71,7 @@ def test_blocks_have_their_own_scales() -> None:
 
 def test_rounds_half_to_even_and_clips() -> None:
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, 300.0, -300.0])
-    assert fake_quantize(x, torch.tensor(1.0), 8).tolist() == [0.0, 2.0, 2.0, -0.0, 127.0, -128.0]
+    assert fake_quantize(x, torch.tensor(1.0), INT8).tolist() == [0.0, 2.0, 2.0, -0.0, 127.0, -128.0]
 
 
 def test_the_reference_quantizes_and_can_be_bypassed() -> None:

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 from torch import nn
 
+from sdq_engines.formats import INT4, INT8
 from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite
 from sdq_export.sites import find_sites, step_groups
 from tests.tiny import tiny_unet
@@ -20,7 +21,7 @@ def test_every_layer_but_the_time_path_the_prologue_and_the_ends() -> None:
         "time_emb" in x or "attn2.to_k" in x or "attn2.to_v" in x or x in ("conv_in", "conv_out") for x in left_out
     )
     assert not any("time_emb" in x or "attn2.to_k" in x or "attn2.to_v" in x for x in spec.weight_sites)
-    assert {site.bits for site in spec.weights} == {4}
+    assert {site.format for site in spec.weights} == {INT4}
 
 
 def test_query_key_and_value_share_one_site() -> None:
@@ -43,17 +44,17 @@ def test_a_kept_layer_leaves_the_others_of_its_site() -> None:
 def test_w4a16_has_blocks_in_linear_and_int8_in_conv() -> None:
     spec = find_sites(tiny_unet(), 4, "w4a16", block_size=64)
     for site in spec.weights:
-        assert (site.bits, site.block_size is None) == ((4, False) if site.op == "linear" else (8, True))
+        assert (site.format.bits, site.format.block_size is None) == ((4, False) if site.op == "linear" else (8, True))
         assert (site.layer in spec.activation_of) == (site.op == "conv")
     # The tiny UNet is 32 wide where 64 does not divide: the block is halved, not dropped.
-    assert {site.block_size for site in spec.weights if site.op == "linear"} == {32, 64}
+    assert {site.format.block_size for site in spec.weights if site.op == "linear"} == {32, 64}
 
 
 def test_bits_by_glob_the_last_one_decides() -> None:
     spec = find_sites(tiny_unet(), 4, "w4a8", bits={"mid_block.*": 8, "*.resnets.0.conv1": 4})
     sites = spec.weight_sites
-    assert sites["mid_block.resnets.0.conv2"].bits == 8
-    assert sites["mid_block.resnets.0.conv1"].bits == 4
+    assert sites["mid_block.resnets.0.conv2"].format.bits == 8
+    assert sites["mid_block.resnets.0.conv1"].format.bits == 4
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_more_than_fifty_steps_share() -> None:
 
 
 def test_a_spec_that_contradicts_itself_is_refused() -> None:
-    weight = WeightSite(layer="a", op="linear", bits=8)
+    weight = WeightSite(layer="a", op="linear", format=INT8)
     activation = ActivationSite(name="a.input", consumers=("a",), groups=(0, 1))
     with pytest.raises(ValidationError, match="groups for 2 steps, 3 are wanted"):
         QuantSpec(precision="w8a8", num_steps=3, weights=(weight,), activations=(activation,))

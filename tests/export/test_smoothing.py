@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from sdq_engines.formats import INT8
 from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite
 from sdq_export.shortcuts import SplitShortcut, split_shortcuts
 from sdq_export.sites import find_sites
@@ -44,7 +45,7 @@ def test_a_copy_of_a_smoothed_layer_divides_by_its_own_factors() -> None:
     spec = QuantSpec(
         precision="w8a8",
         num_steps=1,
-        weights=(WeightSite(layer="layer", op="linear", bits=8),),
+        weights=(WeightSite(layer="layer", op="linear", format=INT8),),
         activations=(ActivationSite(name="layer.input", consumers=("layer",), groups=(0,)),),
     )
     layer = smooth_(_OneLayer(), spec, {smoothing_key(spec.activations[0].name): torch.tensor([2.0, 4.0])})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BF16_OPTION",
     "FP32_OPTION",
+    "SM_OPTION",
     "Arrays",
     "Availability",
     "Backend",
@@ -42,6 +43,9 @@ FP32_OPTION = "fp32"
 #: Build option of NVIDIA engines: the components that compute in BF16, FP32's range in half the bytes; it goes before
 #: the package's `full_precision`.
 BF16_OPTION = "bf16"
+
+#: Build option of tensorrt-rtx: the NVIDIA architectures that the engine is for, as numbers, e.g. [89, 120].
+SM_OPTION = "sm"
 
 
 @dataclass(frozen=True)

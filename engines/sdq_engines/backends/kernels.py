@@ -1,4 +1,4 @@
-"""Which quantized layers really run on integer kernels, read from what an engine compiled."""
+"""Which quantized layers really run on kernels of their formats, read from what an engine compiled."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CompiledLayer", "count", "layer_names", "onnxruntime_counts", "openvino_layers", "tensorrt_layers"]
 
-_INT8 = frozenset({"int8", "int8_t", "uint8", "uint8_t", "i8", "u8"})
-_INT4 = frozenset({"int4", "int4_t", "uint4", "i4", "u4"})
+#: Element of a number format -> what engines call it.
+_TYPES = {
+    "int8": frozenset({"int8", "int8_t", "uint8", "uint8_t", "i8", "u8"}),
+    "int4": frozenset({"int4", "int4_t", "uint4", "i4", "u4"}),
+    "fp8": frozenset({"fp8", "f8e4m3"}),
+}
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,22 @@ class CompiledLayer:
     inputs: tuple[str, ...]
     constants: tuple[str, ...]
 
-    @property
-    def int8(self) -> bool:
-        """It multiplies INT8 by INT8: one operand is data, the other a constant or data too."""
-        types = (*self.inputs, *self.constants)
-        return any(t in _INT8 for t in self.inputs) and sum(t in _INT8 for t in types) >= 2
+    def multiplies(self, element: str) -> bool:
+        """It multiplies two numbers of this element: one operand is data, the other a constant or data too."""
+        types, names = (*self.inputs, *self.constants), _TYPES[element]
+        return any(t in names for t in self.inputs) and sum(t in names for t in types) >= 2
+
+    def reads(self, element: str) -> bool:
+        """It reads numbers of this element itself."""
+        return any(t in _TYPES[element] for t in (*self.inputs, *self.constants))
 
     @property
-    def int4(self) -> bool:
-        """It reads INT4 weights itself."""
-        return any(t in _INT4 for t in (*self.inputs, *self.constants))
+    def kind(self) -> str | None:
+        """The field of `KernelCounts` that it counts for; None for one in floating point."""
+        for element in ("int8", "fp8"):
+            if self.multiplies(element):
+                return element
+        return "int4" if self.reads("int4") else None
 
 
 def layer_names(package: Package) -> dict[str, set[str]]:
@@ -55,15 +65,18 @@ def count(package: Package, layers: Iterable[CompiledLayer]) -> KernelCounts | N
     names = layer_names(package)
     if not names:
         return None
-    int8: set[str] = set()
-    int4: set[str] = set()
+    found: dict[str, set[str]] = {"int8": set(), "fp8": set(), "int4": set()}
     for kernel in layers:
-        if not (kernel.int8 or kernel.int4):
-            continue
-        found = {name for name, aliases in names.items() if aliases & kernel.sources}
-        (int8 if kernel.int8 else int4).update(found)
-    fallback = sorted(name for name in names if name not in int8 | int4)
-    return KernelCounts(quantized_layers=len(names), int8=len(int8), int4=len(int4 - int8), fallback=fallback)
+        if kernel.kind is not None:
+            found[kernel.kind] |= {name for name, aliases in names.items() if aliases & kernel.sources}
+    multiplied = found["int8"] | found["fp8"]
+    return KernelCounts(
+        quantized_layers=len(names),
+        int8=len(found["int8"]),
+        fp8=len(found["fp8"]),
+        int4=len(found["int4"] - multiplied),
+        fallback=sorted(name for name in names if name not in multiplied | found["int4"]),
+    )
 
 
 def onnxruntime_counts(package: Package) -> KernelCounts | None:
@@ -101,7 +114,7 @@ _TYPE = re.compile(
     r"Datatype: (?:[^,}]*?)\b(Int8|Int4|UInt8|Half|Float|BFloat16|FP8|Int32|Int64|Bool|INT8|INT4|FP16|FP32)\b"
 )
 _SOURCE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-#: Kernels that move or rescale data; an INT8 type there says nothing about the multiplication.
+#: Kernels that move or rescale data; an INT8 or FP8 type there says nothing about the multiplication.
 _NOT_MATRIX = frozenset({"kgen", "shape_call", "Reformat", "NoOp", "Constant"})
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import DTypeLike
 
 from sdq_engines.errors import SdqError
+from sdq_engines.formats import LAYER_FORMATS, LayerFormats
 
 __all__ = [
     "LAYER_KEY",
@@ -18,6 +20,7 @@ __all__ = [
     "QuantizedLayer",
     "apply",
     "array_of",
+    "array_type",
     "cast_node",
     "load_graph",
     "quantized_layers",
@@ -25,7 +28,7 @@ __all__ = [
     "retype_constant",
 ]
 
-#: Metadata of a quantized operator: its layer's path, and w8a8, w4a8 or w4a16.
+#: Metadata of a quantized operator: its layer's path, and a name of `formats.LAYER_FORMATS`.
 LAYER_KEY = "sdq.layer"
 PRECISION_KEY = "sdq.precision"
 
@@ -37,6 +40,21 @@ class QuantizedLayer:
     name: str
     precision: str
     node: ir.Node
+
+    @property
+    def formats(self) -> LayerFormats:
+        """What its operands are quantized to.
+
+        Raises:
+            SdqError: this version knows no such layer.
+        """
+        found = LAYER_FORMATS.get(self.precision)
+        if found is None:
+            raise SdqError(
+                f"The layer {self.name} is marked {self.precision!r}, which is none of {', '.join(LAYER_FORMATS)}.",
+                "Export the package again, or upgrade sdq-deploy.",
+            )
+        return found
 
     @property
     def weight_dequantize(self) -> ir.Node | None:
@@ -73,6 +91,11 @@ def array_of(value: ir.Value | None) -> np.ndarray | None:
     if value is None or value.const_value is None:
         return None
     return value.const_value.numpy()
+
+
+def array_type(name: str) -> np.dtype:
+    """The numpy type of this name, one of `NumberFormat`'s: numpy's own or ml_dtypes'."""
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def cast_node(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:

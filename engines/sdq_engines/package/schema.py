@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sdq_engines.formats import PRECISIONS, PrecisionName
 from sdq_engines.package.layout import ENGINES, TEXT_ENCODER
 
 __all__ = [
@@ -40,7 +41,7 @@ TEXT_OUTPUT, NEGATIVE_OUTPUT = "text_embeddings", "negative_text_embeddings"
 #: The denoiser's input for `ModelIO.extra_channels`, [batch, extra, h, w], the same in every step.
 EXTRA_CHANNELS = "extra_channels"
 
-Precision = Literal["fp32", "fp16", "w8a8", "w4a8", "w4a16"]
+Precision = Literal["fp32", "fp16"] | PrecisionName
 
 
 _Length = Annotated[int, Field(gt=0)]
@@ -174,6 +175,8 @@ class KernelCounts(_Strict):
     """Layers of the canonical graph that are quantized."""
     int8: int
     """Those whose kernel takes INT8 x INT8."""
+    fp8: int
+    """Those whose kernel takes FP8 x FP8."""
     int4: int
     """Those whose kernel takes INT4 weights."""
     fallback: list[str]
@@ -187,7 +190,7 @@ class EngineEntry(_Strict):
     version: str
     """Of the backend's library."""
     target: str
-    """What it was built for: a GPU architecture such as "sm_89", "any RTX GPU", or a CPU instruction set."""
+    """What it was built for: a GPU architecture such as "sm_89", "any of sm_89, sm_120", or a CPU instruction set."""
     profile: ShapeProfile
     components: dict[str, str]
     """Component -> file that the backend loads, relative to the package."""
@@ -225,8 +228,8 @@ class Manifest(_Strict):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the denoiser's weights are integers; w8a8, w4a8 or w4a16."""
-        return self.precision not in ("fp32", "fp16")
+        """Whether the denoiser's weights are quantized."""
+        return self.precision in PRECISIONS
 
     @property
     def bytes_without_engines(self) -> int:

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdq_engines.backends.onnxruntime import open_session
-from sdq_engines.lowering.graph import QuantizedLayer, quantized_layers
+from sdq_engines.formats import NumberFormat
+from sdq_engines.lowering.graph import QuantizedLayer, array_type, quantized_layers
 from sdq_export.parity.graphs import GraphFile
 from sdq_export.parity.reference import answer
 from sdq_export.parity.samples import TeacherSamples
-from sdq_export.quantspec import QuantSpec, grid_limits
+from sdq_export.quantspec import QuantSpec
+from sdq_export.rounding import code_steps, round_
 
 __all__ = ["SiteFigures", "measure_sites"]
 
@@ -205,13 +207,12 @@ def _compare(
         share, largest, inputs = 0.0, 0, source
     else:
         scale = float(scales[site.name][step])
-        integers = torch.from_numpy(found[1].astype(np.float32))
-        low, high = grid_limits(site.bits)
-        wanted = torch.clamp(torch.round(source.cpu() / scale), low, high)
-        difference = (integers - wanted).abs()
+        codes = _codes(found[1], site.format)
+        wanted = round_(source.cpu() / scale, site.format)
+        difference = (code_steps(codes, site.format) - code_steps(wanted, site.format)).abs()
         beyond_chance = max(0, int((difference > 0).sum()) - _CHANCE_TIES)
         share, largest = beyond_chance / difference.numel(), int(difference.max())
-        inputs = integers * scale
+        inputs = codes * scale
     expected = _apply(module, inputs.to(module.weight.device), part.has_bias).cpu()
     error = float((result - expected).norm() / expected.norm().clamp_min(1e-12))
     return SiteFigures(share, largest, error, part.layer, part.layer)
@@ -225,6 +226,13 @@ def _run(part: _Part, source: Tensor, step: int) -> list[NDArray[Any]]:
     }
     outputs: list[NDArray[Any]] = session.run(None, feeds)
     return outputs
+
+
+def _codes(found: NDArray[Any], format: NumberFormat) -> Tensor:
+    """What a QuantizeLinear put out, FP32; ONNX Runtime hands FP8 over as the bytes that it is made of."""
+    if format.kind == "float":
+        found = found.view(array_type(format.array_type))
+    return torch.from_numpy(found.astype(np.float32))
 
 
 def _apply(module: nn.Module, inputs: Tensor, has_bias: bool) -> Tensor:

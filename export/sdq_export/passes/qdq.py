@@ -9,14 +9,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from sdq_engines.lowering.graph import quantized_layers
+from sdq_engines.formats import NumberFormat
+from sdq_engines.lowering.graph import array_type, quantized_layers
 from sdq_export.checkpoint import scale_key
 from sdq_export.graph import NodeList, constant
 from sdq_export.quantspec import ActivationSite
 
 __all__ = ["QuantizeActivations", "quantize_dequantize", "site_input"]
-
-_ZERO = "zero_int8"
 
 
 class QuantizeActivations(ir.passes.InPlacePass):
@@ -43,7 +42,7 @@ class QuantizeActivations(ir.passes.InPlacePass):
             consumers, source = site_input(model, site)
             new = NodeList()
             scale = np.asarray(self.tensors[scale_key(site.name)], np.float32).reshape(())
-            dequantized = quantize_dequantize(model.graph, new, source, scale, site.consumers[0])
+            dequantized = quantize_dequantize(model.graph, new, source, scale, site.format, site.consumers[0])
             model.graph.insert_before(consumers[0], new.nodes)
             for node in consumers:
                 node.replace_input_with(0, dequantized)
@@ -83,12 +82,18 @@ def site_input(model: ir.Model, site: ActivationSite) -> tuple[list[ir.Node], ir
 
 
 def quantize_dequantize(
-    graph: ir.Graph, new: NodeList, source: ir.Value, scale: NDArray[np.float32], layer: str
+    graph: ir.Graph, new: NodeList, source: ir.Value, scale: NDArray[np.float32], format: NumberFormat, layer: str
 ) -> ir.Value:
-    """Add Q and DQ of ``source`` with a constant scalar scale and zero point 0, named after ``layer``."""
-    zero = constant(graph, _ZERO, np.zeros((), np.int8))
+    """Add Q and DQ of ``source`` with a constant scalar scale and zero point 0, named after ``layer``.
+
+    The zero point's type is the codes'. Of a float format ONNX clips what is beyond its limits (attribute `saturate`,
+    by default on).
+    """
+    zero = constant(graph, f"zero_{format.element}", np.zeros((), array_type(format.array_type)))
     stored = constant(graph, f"{layer}.input_scale", scale)
-    quantized = new.add("QuantizeLinear", [source, stored, zero], f"{layer}/quantize", dtype=ir.DataType.INT8)
+    quantized = new.add(
+        "QuantizeLinear", [source, stored, zero], f"{layer}/quantize", dtype=ir.DataType[format.onnx_type]
+    )
     return new.add(
         "DequantizeLinear",
         [quantized, stored, zero],

@@ -1,4 +1,4 @@
-"""Integer weights behind DequantizeLinear."""
+"""Quantized weights behind DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from sdq_engines.lowering.graph import LAYER_KEY, PRECISION_KEY
+from sdq_engines.lowering.graph import LAYER_KEY, PRECISION_KEY, array_type
 from sdq_export.checkpoint import weight_key, weight_scale_key
 from sdq_export.graph import NodeList, constant, layers_of
 from sdq_export.passes.clean_up import RemoveDeadCode
@@ -19,7 +19,7 @@ __all__ = ["QuantizeWeights"]
 
 
 class QuantizeWeights(ir.passes.InPlacePass):
-    """Replace the weight of each site by its integers, INT8, behind a DequantizeLinear; mark the layer's operator.
+    """Replace the weight of each site by its codes behind a DequantizeLinear; mark the layer's operator.
 
     Cases, by what the exporter made of the layer:
     1. Conv: the weight is [C_out, C_in, kh, kw], channels on axis 0;
@@ -31,7 +31,7 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     Args:
         spec: the sites.
-        tensors: integers and scales by the keys of `sdq_export.checkpoint`.
+        tensors: codes and scales by the keys of `sdq_export.checkpoint`.
     """
 
     def __init__(self, spec: QuantSpec, tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -41,13 +41,12 @@ class QuantizeWeights(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place."""
-        layers, activations = layers_of(model), self.spec.activation_of
+        layers, formats = layers_of(model), self.spec.formats
         for site in self.spec.weights:
             node = layers[site.layer]
             self._quantize(model.graph, node, site)
-            activation_bits = activations[site.layer].bits if site.layer in activations else 16
             node.metadata_props[LAYER_KEY] = site.layer
-            node.metadata_props[PRECISION_KEY] = f"w{site.bits}a{activation_bits}"
+            node.metadata_props[PRECISION_KEY] = formats[site.layer].name
         RemoveDeadCode()(model)
         return ir.passes.PassResult(model, modified=bool(self.spec.weights))
 
@@ -58,24 +57,28 @@ class QuantizeWeights(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(f"the graph has no layer {', '.join(missing)}")
 
     def ensures(self, model: ir.Model) -> None:
-        """Every site reads integers."""
+        """Every site reads codes."""
         left = {site.layer for site in self.spec.weights} & layers_of(model).keys()
         if left:
             raise ir.passes.PostconditionError(f"the weights of {', '.join(sorted(left))} are still floating point")
 
     def _quantize(self, graph: ir.Graph, node: ir.Node, site: WeightSite) -> None:
-        integers, scale = self.tensors[weight_key(site.layer)], self.tensors[weight_scale_key(site.layer)]
+        codes, scale = self.tensors[weight_key(site.layer)], self.tensors[weight_scale_key(site.layer)]
         channel_axis = 0
         if _is_transposed(node):
-            integers, scale, channel_axis = integers.T, scale.T, 1  # case 2
+            codes, scale, channel_axis = codes.T, scale.T, 1  # case 2
         attributes = {"axis": channel_axis}
-        if site.block_size is not None:
-            attributes = {"axis": 1 - channel_axis, "block_size": site.block_size}
+        if site.format.block_size is not None:
+            attributes = {"axis": 1 - channel_axis, "block_size": site.format.block_size}
         new = NodeList()
         weight = new.add(
             "DequantizeLinear",
             [
-                constant(graph, f"{site.layer}.weight.int{site.bits}", integers.astype(np.int8, copy=False)),
+                constant(
+                    graph,
+                    f"{site.layer}.weight.{site.format.element}",
+                    codes.astype(array_type(site.format.stored), copy=False),
+                ),
                 constant(graph, f"{site.layer}.weight_scale", scale.astype(np.float32, copy=False)),
             ],
             f"{site.layer}/weight_dequantize",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-import ml_dtypes
 import onnx_ir as ir
 
+from sdq_engines.formats import INT4, INT8
+from sdq_engines.lowering.graph import array_type
 from sdq_export.graph import NodeList, array_of, constant, layers_of
 from sdq_export.integer_storage import as_integers, block_of
 from sdq_export.passes.clean_up import RemoveDeadCode
@@ -62,12 +63,12 @@ class StoreIntegers(ir.passes.InPlacePass):
 def _store(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Value | None:
     """What is read in the weight's place, made before the node; None in case 3."""
     array, axis = array_of(weight), _channel_axis(node)
-    attributes, dtype = {"axis": axis}, "int8"
+    attributes, format = {"axis": axis}, INT8
     found = None
     if node.op_type in ("MatMul", "Gemm") and array.ndim == 2 and (block := block_of(array.shape[1 - axis])):  # case 1
         found = as_integers(array, axis, block)
         if found is not None:
-            attributes, dtype = {"axis": 1 - axis, "block_size": block}, "int4"
+            attributes, format = {"axis": 1 - axis, "block_size": block}, INT4.in_blocks(block)
     found = found or as_integers(array, axis)
     if found is None:
         return None
@@ -77,7 +78,9 @@ def _store(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> ir.Value | None:
     value = new.add(
         "DequantizeLinear",
         [
-            constant(graph, f"{name}.weight.{dtype}", integers.astype(ml_dtypes.int4) if dtype == "int4" else integers),
+            constant(
+                graph, f"{name}.weight.{format.element}", integers.astype(array_type(format.array_type), copy=False)
+            ),
             constant(graph, f"{name}.weight_scale", scale),
         ],
         f"{name}/weight_dequantize",

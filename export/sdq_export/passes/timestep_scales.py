@@ -82,7 +82,7 @@ class TimestepScales(ir.passes.InPlacePass):
         in_ratio = new.add("Gather", [in_table, step], f"{first}/in_ratio", shape=[])
         out_ratio = new.add("Gather", [out_table, step], f"{first}/out_ratio", shape=[])
         scaled = new.add("Mul", [source, in_ratio], f"{first}/rescale_in")
-        dequantized = quantize_dequantize(graph, new, scaled, np.asarray(reference, np.float32), first)
+        dequantized = quantize_dequantize(graph, new, scaled, np.asarray(reference, np.float32), site.format, first)
         graph.insert_before(consumers[0], new.nodes)
         for node in consumers:
             node.replace_input_with(0, dequantized)

@@ -69,9 +69,9 @@ def _rounded(weight: Tensor, site: WeightSite) -> Tensor:
 
 def _widest(weight: Tensor, site: WeightSite) -> Tensor:
     """The scale that just holds the largest magnitude, [C_out] or [C_out, blocks]."""
-    blocks = weight.reshape(len(weight), -1, site.block_size or weight.shape[1])
-    scale = max_scale(blocks.abs().amax(dim=2), site.bits)
-    return scale if site.block_size is not None else scale[:, 0]
+    blocks = weight.reshape(len(weight), -1, site.format.block_size or weight.shape[1])
+    scale = max_scale(blocks.abs().amax(dim=2), site.format)
+    return scale if site.format.block_size is not None else scale[:, 0]
 
 
 @torch.no_grad()
@@ -80,10 +80,10 @@ def clipped_scale(weight: Tensor, site: WeightSite, gram: Tensor) -> Tensor:
 
     Args:
         weight: f32 [C_out, C_in].
-        site: its bits and blocks.
+        site: its format.
         gram: X^T X of its input, f32 [C_in, C_in].
     """
-    width = site.block_size or weight.shape[1]
+    width = site.format.block_size or weight.shape[1]
     count = weight.shape[1] // width
     own = gram.reshape(count, width, count, width)[torch.arange(count), :, torch.arange(count)]
     widest = _widest(weight, site)

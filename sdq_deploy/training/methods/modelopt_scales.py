@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdq_deploy.training.dataset import SerialData
 from sdq_deploy.training.guidance import predict_outputs
-from sdq_deploy.training.modelopt_backend import import_modelopt, only_conv_and_linear
+from sdq_deploy.training.modelopt_backend import import_modelopt, modelopt_bits, only_conv_and_linear
+from sdq_engines.formats import NumberFormat
 from sdq_export.checkpoint import scale_key, weight_scale_key
 from sdq_export.quantspec import QuantSpec
 from sdq_export.stepping import StepDenoiser
@@ -90,7 +91,7 @@ def _collect_histograms(denoiser: StepDenoiser, spec: QuantSpec, data: SerialDat
     for quantizer in every:
         quantizer.disable()
     for quantizer, site in zip(quantizers, spec.activations, strict=True):
-        quantizer._calibrator = HistogramCalibrator(site.bits, None, False)
+        quantizer._calibrator = HistogramCalibrator(modelopt_bits(site.format), None, False)
         quantizer.enable()
         quantizer.disable_quant()
         quantizer.enable_calib()
@@ -109,9 +110,9 @@ def weight_scales(denoiser: StepDenoiser, spec: QuantSpec) -> dict[str, Tensor]:
     scales: dict[str, Tensor] = {}
     for weight in spec.weights:
         quantizer: Any = denoiser.model.get_submodule(f"{weight.layer}.weight_quantizer")
-        scale = _scale_of(quantizer.amax, weight.bits)
+        scale = _scale_of(quantizer.amax, weight.format)
         rows = denoiser.model.get_submodule(weight.layer)._parameters["weight"].shape[0]
-        scales[weight_scale_key(weight.layer)] = scale if weight.block_size is None else scale.reshape(rows, -1)
+        scales[weight_scale_key(weight.layer)] = scale if weight.format.block_size is None else scale.reshape(rows, -1)
     return scales
 
 
@@ -119,23 +120,30 @@ def _activation_scales(denoiser: StepDenoiser, spec: QuantSpec) -> dict[str, Ten
     scales: dict[str, Tensor] = {}
     for site in spec.activations:
         amax = denoiser.model.get_submodule(f"{site.consumers[0]}.input_quantizer").amax
-        scales[scale_key(site.name)] = _scale_of(amax, site.bits)
+        scales[scale_key(site.name)] = _scale_of(amax, site.format)
     return scales
 
 
-def _scale_of(amax: Tensor, bits: int) -> Tensor:
+def _scale_of(amax: Tensor, format: NumberFormat) -> Tensor:
     """ModelOpt's step: the largest magnitude over Q_P. A channel of zeros gets any positive scale."""
-    scale = amax.detach().float().cpu().flatten() / (2 ** (bits - 1) - 1)
+    scale = amax.detach().float().cpu().flatten() / format.high
     return torch.where(scale > 0, scale, torch.ones_like(scale)).contiguous()
 
 
 def _config(spec: QuantSpec) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for site in spec.weights:
-        shape: dict[str, Any] = {"axis": 0} if site.block_size is None else {"block_sizes": {-1: site.block_size}}
-        entries.append({"quantizer_name": f"{site.layer}.weight_quantizer", "cfg": {"num_bits": site.bits, **shape}})
+        shape: dict[str, Any] = (
+            {"axis": 0} if site.format.block_size is None else {"block_sizes": {-1: site.format.block_size}}
+        )
+        entries.append(
+            {
+                "quantizer_name": f"{site.layer}.weight_quantizer",
+                "cfg": {"num_bits": modelopt_bits(site.format), **shape},
+            }
+        )
     entries += [
-        {"quantizer_name": f"{layer}.input_quantizer", "cfg": {"num_bits": activation.bits}}
+        {"quantizer_name": f"{layer}.input_quantizer", "cfg": {"num_bits": modelopt_bits(activation.format)}}
         for activation in spec.activations
         for layer in activation.consumers
     ]

@@ -30,7 +30,7 @@ from sdq_deploy.training.methods.blocks import (
     pick_samples,
     run_block,
 )
-from sdq_deploy.training.methods.checks import one_process
+from sdq_deploy.training.methods.checks import check_reconstruction
 from sdq_deploy.training.methods.rounding import (
     begin_rounding,
     finish_rounding,
@@ -242,5 +242,5 @@ METHOD = TrainingMethod(
     name="ptq-reconstruction",
     fit=Stage("fit", reconstruct, _inputs, DATA),
     groups=lambda recipe: recipe.reconstruction.groups,
-    check=one_process,
+    check=check_reconstruction,
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdq_deploy.training.lsq import broadcast_scale
 from sdq_deploy.training.modelopt_backend import WeightForward
-from sdq_export.quantspec import grid_limits
+from sdq_engines.formats import NumberFormat
 
 __all__ = [
     "RoundingForward",
@@ -49,17 +49,16 @@ def initial_rounding(weight: Tensor, scale: Tensor) -> Tensor:
     return -torch.log((_ZETA - _GAMMA) / (fraction - _GAMMA) - 1)
 
 
-def soft_weight(weight: Tensor, scale: Tensor, variables: Tensor, bits: int) -> Tensor:
+def soft_weight(weight: Tensor, scale: Tensor, variables: Tensor, format: NumberFormat) -> Tensor:
     """s * clip(floor(w / s) + h(V), -Q_N, Q_P); differentiable in V where nothing is clipped.
 
     Args:
         weight: of any shape.
         scale: broadcasts over it; no gradient reaches it.
         variables: V, in the weight's shape.
-        bits: b of the grid.
+        format: of integers.
     """
-    low, high = grid_limits(bits)
-    return scale * (torch.floor(weight / scale) + rectified_sigmoid(variables)).clamp(low, high)
+    return scale * (torch.floor(weight / scale) + rectified_sigmoid(variables)).clamp(format.low, format.high)
 
 
 def rounding_regularizer(variables: Tensor, beta: float) -> Tensor:
@@ -84,18 +83,18 @@ class RoundingForward:
     def before_rounding(self, x: Tensor, quantizer: Any) -> Tensor:
         """A weight on the grid, by the rounding as it stands: rounding it to nearest gives its integers."""
         rows, scale = self._rows(x, quantizer)
-        low, high = grid_limits(self.quantize.bits)
+        format = self.quantize.format
         up = rectified_sigmoid(quantizer.rounding) >= 0.5
-        return (scale * (torch.floor(rows / scale) + up).clamp(low, high)).reshape(x.shape)
+        return (scale * (torch.floor(rows / scale) + up).clamp(format.low, format.high)).reshape(x.shape)
 
     def __call__(self, x: Tensor, quantizer: Any) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             rows, scale = self._rows(x, quantizer)
-            return soft_weight(rows, scale, quantizer.rounding, self.quantize.bits).reshape(x.shape)
+            return soft_weight(rows, scale, quantizer.rounding, self.quantize.format).reshape(x.shape)
 
     def _rows(self, x: Tensor, quantizer: Any) -> tuple[Tensor, Tensor]:
         scale = quantizer.log_scale.detach().exp()
-        width = self.quantize.block_size or x[0].numel()
+        width = self.quantize.format.block_size or x[0].numel()
         return x.float().reshape(-1, width), broadcast_scale(scale.flatten(), 2)
 
 

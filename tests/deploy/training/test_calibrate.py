@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from sdq_deploy.training.calibrate import activation_scales, largest_activations
 from sdq_deploy.training.dataset import load_split
+from sdq_engines.formats import INT8
 from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite
 from sdq_export.sites import find_sites
 from tests.deploy.training.helpers import small_context
@@ -20,7 +21,7 @@ def spec_of(groups: tuple[int, ...]) -> QuantSpec:
     return QuantSpec(
         precision="w8a8",
         num_steps=len(groups),
-        weights=(WeightSite(layer="a", op="linear", bits=8),),
+        weights=(WeightSite(layer="a", op="linear", format=INT8),),
         activations=(ActivationSite(name="a.input", consumers=("a",), groups=groups),),
     )
 

@@ -14,9 +14,9 @@ from sdq_deploy.training.methods.blocks import Samples, block_inputs, block_outp
 from sdq_deploy.training.run import run_training
 from sdq_deploy.training.search import search_weight_scale
 from sdq_deploy.training.student import Student
+from sdq_engines.formats import PrecisionName
 from sdq_export.checkpoint import load_checkpoint
 from sdq_export.conditioning import Conditioning
-from sdq_export.quantspec import QuantizedPrecision
 from sdq_export.reference import build_reference
 from sdq_export.sampler import compile_sampler
 from sdq_export.sites import find_sites
@@ -45,7 +45,7 @@ def timesteps(source: Source) -> Tensor:
     return torch.from_numpy(compile_sampler(source.scheduler, STEPS).timesteps)
 
 
-def make_student(source: Source, precision: QuantizedPrecision = "w4a8") -> Student:
+def make_student(source: Source, precision: PrecisionName = "w4a8") -> Student:
     spec = find_sites(source.denoiser, STEPS, precision, keep=KEEP, block_size=16)
     scales = initial_scales(source.denoiser, spec, search_weight_scale)
     return Student(source.denoiser, timesteps(source), spec, scales)
@@ -58,7 +58,7 @@ def latents_and_steps(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("precision", ["w4a8", "w4a16"])
 def test_student_equals_the_reference_built_from_its_tensors(
-    source: Source, prompts: Conditioning, precision: QuantizedPrecision
+    source: Source, prompts: Conditioning, precision: PrecisionName
 ) -> None:
     student = make_student(source, precision)
     reference = build_reference(source.own(source.family.denoiser), student.spec, student.tensors(), timesteps(source))

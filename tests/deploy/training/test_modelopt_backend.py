@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sdq_deploy.training.student import Student, parameter_groups
+from sdq_engines.formats import PrecisionName
 from sdq_export.checkpoint import scale_key, weight_scale_key
 from sdq_export.conditioning import Conditioning
-from sdq_export.quantspec import QuantizedPrecision, QuantSpec
+from sdq_export.quantspec import QuantSpec
 from sdq_export.reference import build_reference
 from sdq_export.sites import find_sites
 from sdq_export.stepping import StepDenoiser
@@ -21,7 +22,7 @@ from tests.tiny import prompt_rows, tiny_unet
 TIMESTEPS = torch.tensor([801.0, 601.0, 401.0, 201.0])
 
 
-def make_student(precision: QuantizedPrecision = "w4a8") -> Student:
+def make_student(precision: PrecisionName = "w4a8") -> Student:
     from sdq_deploy.training.search import search_weight_scale
 
     unet = tiny_unet()
@@ -32,9 +33,7 @@ def make_student(precision: QuantizedPrecision = "w4a8") -> Student:
 def initial_scales(unet: torch.nn.Module, spec: QuantSpec, search: object) -> dict[str, Tensor]:
     torch.manual_seed(1)
     scales = {
-        weight_scale_key(site.layer): search(
-            unet.get_submodule(site.layer).weight, site.bits, site.block_size, points=10
-        )
+        weight_scale_key(site.layer): search(unet.get_submodule(site.layer).weight, site.format, points=10)
         for site in spec.weights
     }
     return scales | {scale_key(site.name): 0.02 + 0.02 * torch.rand(site.num_groups) for site in spec.activations}
@@ -52,7 +51,7 @@ def gradients(student: Student) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w8a8", "w4a16"])
-def test_student_equals_the_reference_built_from_its_tensors(precision: QuantizedPrecision) -> None:
+def test_student_equals_the_reference_built_from_its_tensors(precision: PrecisionName) -> None:
     student = make_student(precision)
     reference = build_reference(tiny_unet(), student.spec, student.tensors(), TIMESTEPS)
     with torch.no_grad():
@@ -62,7 +61,7 @@ def test_student_equals_the_reference_built_from_its_tensors(precision: Quantize
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w4a16"])
-def test_every_parameter_gets_a_gradient(precision: QuantizedPrecision) -> None:
+def test_every_parameter_gets_a_gradient(precision: PrecisionName) -> None:
     student = make_student(precision)
     student.denoiser(*inputs()).square().mean().backward()
     assert [name for name, parameter in student.denoiser.named_parameters() if parameter.grad is None] == []

@@ -64,7 +64,7 @@ def test_all_mistakes_are_reported_together_with_what_is_allowed() -> None:
     assert "4 mistakes" in message
     assert "fit.batchsize: there is no such key (did you mean batch_size?)" in message
     assert "fit.loss: found 'foo'; allowed: 'guided' or 'separate'" in message
-    assert "quantization.precision: found 'w2a2'; allowed: 'w8a8', 'w4a8' or 'w4a16'" in message
+    assert "quantization.precision: found 'w2a2'; allowed: 'w8a8', 'w4a8', 'w4a16' or 'fp8'" in message
     assert "fit.batch_size: found 0; allowed: >= 1" in message
 
 

@@ -9,7 +9,15 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sdq_engines.backends.base import BF16_OPTION, FP32_OPTION, Availability, BuildJob, BuildResult, require_working
+from sdq_engines.backends.base import (
+    BF16_OPTION,
+    FP32_OPTION,
+    SM_OPTION,
+    Availability,
+    BuildJob,
+    BuildResult,
+    require_working,
+)
 from sdq_engines.backends.nvidia import cuda
 from sdq_engines.backends.nvidia.library import LIBRARIES, Library
 from sdq_engines.errors import SdqError
@@ -31,13 +39,13 @@ def make(name: str) -> NvidiaBackend:
 
 
 class NvidiaBackend:
-    """See the module. Build options: `fp32` and `bf16`, lists of components."""
+    """See the module. Build options: `fp32` and `bf16`, lists of components; of TensorRT-RTX `sm`, architectures."""
 
-    build_options: tuple[str, ...] = (FP32_OPTION, BF16_OPTION)
     load_options: tuple[str, ...] = ()
 
     def __init__(self, library: Library) -> None:
         self.library, self.name = library, library.engine
+        self.build_options: tuple[str, ...] = (FP32_OPTION, BF16_OPTION, *([SM_OPTION] if library.rtx else []))
 
     def available(self) -> Availability:
         version = self._installed()

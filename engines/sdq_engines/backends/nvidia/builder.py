@@ -8,14 +8,15 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdq_engines.backends.base import BF16_OPTION, FP32_OPTION, BuildJob, BuildResult
+from sdq_engines.backends.base import BF16_OPTION, FP32_OPTION, SM_OPTION, BuildJob, BuildResult
 from sdq_engines.backends.kernels import count, tensorrt_layers
 from sdq_engines.backends.nvidia import cuda
 from sdq_engines.backends.profiles import extents, fixed_size, input_dims
+from sdq_engines.backends.supported import PORTABLE_SM, least_sm, require_architectures
 from sdq_engines.errors import SdqError
 from sdq_engines.lowering.graph import apply, load_graph
 from sdq_engines.lowering.save import save_graph
@@ -40,6 +41,7 @@ def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildRes
     """
     trt = importlib.import_module(library.module)
     log = _listen(trt)
+    targets = _targets(trt, library, job)
     files: dict[str, str | None] = {}
     kernels = None
     io = job.package.manifest.io
@@ -53,12 +55,12 @@ def build_plans(job: BuildJob, library: Library, lowering: Lowering) -> BuildRes
         log.layers = ""
         files[component] = f"{component}.plan"
         (job.out / f"{component}.plan").write_bytes(
-            _plan(trt, library, path, shapes(graph, component, job.profile, io))
+            _plan(trt, library, path, shapes(graph, component, job.profile, io), targets)
         )
         shutil.rmtree(path.parent)
         if component == DENOISER:
             kernels = count(job.package, tensorrt_layers(log.layers))
-    return BuildResult(files, trt.__version__, _target(trt, library), _recorded(options), kernels)
+    return BuildResult(files, trt.__version__, _named(library, targets), _recorded(options), kernels)
 
 
 def _in_fp32(job: BuildJob) -> list[str]:
@@ -94,7 +96,9 @@ def shapes(
     }
 
 
-def _plan(trt: Any, library: Library, path: Path, shapes: dict[str, tuple[tuple[int, ...], ...]]) -> bytes:
+def _plan(
+    trt: Any, library: Library, path: Path, shapes: dict[str, tuple[tuple[int, ...], ...]], targets: Sequence[int]
+) -> bytes:
     from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, NetworkFromOnnxPath, Profile
     from polygraphy.exception import PolygraphyException
 
@@ -115,6 +119,11 @@ def _plan(trt: Any, library: Library, path: Path, shapes: dict[str, tuple[tuple[
         made = create(builder, network)
         # The sampler's FP32 products must not be rounded to TF32.
         made.clear_flag(trt.BuilderFlag.TF32)
+        if library.rtx:
+            # Each one is named, so that the builder refuses what the manifest must not claim.
+            made.num_compute_capabilities = len(targets)
+            for at, sm in enumerate(targets):
+                made.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), at)
         return made
 
     try:
@@ -132,14 +141,37 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else "no reason given"
 
 
-def _target(trt: Any, library: Library) -> str:
+def _targets(trt: Any, library: Library, job: BuildJob) -> list[int]:
+    """The architectures to build for, ascending: the GPU's here, or of TensorRT-RTX those that the job names, by
+    default all that it knows and that can compute the package.
+
+    Raises:
+        SdqError: there is no GPU, an architecture is not one of TensorRT-RTX's, or it cannot compute the package.
+    """
+    precision = job.package.manifest.precision
     if not library.rtx:
         gpu, why = cuda.find_gpu()
         if gpu is None:
             raise SdqError(f"tensorrt builds for the GPU of this machine, and there is none: {why}.")
-        return gpu.architecture
-    members = sorted(name for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
-    return "any of " + ", ".join(f"sm_{name[2:]}" for name in sorted(members, key=lambda name: int(name[2:])))
+        targets = [int(gpu.architecture.removeprefix("sm_"))]
+    else:
+        known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+        least = max(PORTABLE_SM, least_sm(precision))
+        targets = sorted(set(job.options.get(SM_OPTION) or [sm for sm in known if sm >= least]))
+        if strange := [sm for sm in targets if sm not in known]:
+            raise SdqError(
+                f"{library.engine} {trt.__version__} cannot build for sm_{strange[0]}.",
+                f"Name some of {', '.join(f'--sm {sm}' for sm in known)}; for another one, build with "
+                "--engine tensorrt on such a GPU.",
+            )
+    require_architectures(library.engine, precision, targets)
+    return targets
+
+
+def _named(library: Library, targets: Sequence[int]) -> str:
+    """The targets as the manifest says them."""
+    names = ", ".join(f"sm_{sm}" for sm in targets)
+    return f"any of {names}" if library.rtx and len(targets) > 1 else names
 
 
 def _listen(trt: Any) -> Any:

@@ -14,8 +14,8 @@ from sdq_deploy.training.memory import state_bytes
 from sdq_deploy.training.methods.adapters import attach_adapters, merge
 from sdq_deploy.training.methods.efficientdm import adapter_groups, shared_fit
 from sdq_deploy.training.student import Student
+from sdq_engines.formats import PrecisionName
 from sdq_export.checkpoint import weight_key
-from sdq_export.quantspec import QuantizedPrecision, grid_limits
 from sdq_export.reference import build_reference
 from sdq_export.stepping import StepDenoiser
 from tests.deploy.training.test_modelopt_backend import TIMESTEPS, inputs, make_student
@@ -23,7 +23,7 @@ from tests.nearness import is_the_same_quantized_network
 from tests.tiny import tiny_unet
 
 
-def adapted(precision: QuantizedPrecision = "w4a8", rank: int = 4, size: float = 0.02) -> Student:
+def adapted(precision: PrecisionName = "w4a8", rank: int = 4, size: float = 0.02) -> Student:
     """A student whose adapters have moved."""
     student = make_student(precision)
     attach_adapters(student, rank, seed=0)
@@ -45,7 +45,7 @@ def test_at_the_start_nothing_has_changed() -> None:
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w8a8", "w4a16"])
-def test_the_merged_weight_has_the_integers_of_the_pair(precision: QuantizedPrecision) -> None:
+def test_the_merged_weight_has_the_integers_of_the_pair(precision: PrecisionName) -> None:
     """Three ways to the same: what the checkpoint holds, a student of the merged weights, and the pair's forward."""
     student = adapted(precision)
     tensors = student.tensors()
@@ -76,11 +76,11 @@ def test_gradients_of_the_pair_equal_finite_differences() -> None:
     """
     student = adapted(size=0.3)
     layer = "mid_block.resnets.0.conv1"
-    quantizer, bits = student.weight_quantizers[layer], student.spec.weight_sites[layer].bits
+    quantizer, format = student.weight_quantizers[layer], student.spec.weight_sites[layer].format
     weight = student.weight(layer)
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
     (quantizer.lsq(weight, quantizer) * direction).sum().backward()
-    low, high = grid_limits(bits)
+    low, high = format.low, format.high
     scale = broadcast_scale(quantizer.log_scale.detach().double().exp(), weight.ndim)
     frozen, ahead = weight.detach().double(), direction.double()
 

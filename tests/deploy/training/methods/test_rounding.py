@@ -16,8 +16,8 @@ from sdq_deploy.training.methods.rounding import (
     soft_weight,
 )
 from sdq_deploy.training.student import Student
+from sdq_engines.formats import INT4, INT8, PrecisionName
 from sdq_export.checkpoint import weight_key
-from sdq_export.quantspec import QuantizedPrecision
 from tests.deploy.training.test_modelopt_backend import make_student
 
 
@@ -46,7 +46,7 @@ def test_gradients_of_the_soft_weight_equal_finite_differences() -> None:
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def value(v: Tensor) -> Tensor:
-        return (soft_weight(weight, scale, v, 4) * direction).sum()
+        return (soft_weight(weight, scale, v, INT4) * direction).sum()
 
     leaf = variables.clone().requires_grad_(True)
     value(leaf).backward()
@@ -73,7 +73,7 @@ def test_the_regularizer_is_least_where_nothing_is_undecided() -> None:
 def test_it_begins_with_the_weight_as_it_is() -> None:
     weight, scale = rows()
     variables = initial_rounding(weight, scale)
-    assert torch.allclose(soft_weight(weight, scale, variables, 8), weight, atol=1e-12)
+    assert torch.allclose(soft_weight(weight, scale, variables, INT8), weight, atol=1e-12)
     assert ((rectified_sigmoid(variables) >= 0) & (rectified_sigmoid(variables) <= 1)).all()
 
 
@@ -86,7 +86,7 @@ def test_beta_waits_then_falls_along_a_line() -> None:
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w4a16"])
-def test_what_is_fixed_are_the_integers_that_were_learned(precision: QuantizedPrecision) -> None:
+def test_what_is_fixed_are_the_integers_that_were_learned(precision: PrecisionName) -> None:
     """Down where h < 1/2, up where not; never further than one from rounding to nearest."""
     student, plain = make_student(precision), make_student(precision)
     nearest = plain.tensors()
@@ -119,8 +119,8 @@ def test_what_is_fixed_are_the_integers_that_were_learned(precision: QuantizedPr
 def integers_by_hand(student: Student, layer: str, variables: Tensor) -> Tensor:
     site = student.spec.weight_sites[layer]
     weight, scale = student.weight(layer).detach(), student.weight_scale(layer).detach()
-    width = site.block_size or weight[0].numel()
+    width = site.format.block_size or weight[0].numel()
     down = torch.floor(weight.reshape(-1, width) / scale.reshape(-1, 1))
-    high = 2 ** (site.bits - 1) - 1
+    high = site.format.high
     up = torch.sigmoid(variables.detach()) >= 0.5
     return (down + up).clamp(-high - 1, high).to(torch.int8).reshape(weight.shape)

@@ -15,6 +15,7 @@ from sdq_deploy.training.methods.smoothing import (
     smoothquant_factors,
 )
 from sdq_deploy.training.search import search_weight_scale
+from sdq_engines.formats import INT4
 from sdq_export.checkpoint import dequantize_weight, quantize_weight
 from sdq_export.quantspec import WeightSite
 from sdq_export.sites import find_sites
@@ -102,7 +103,11 @@ def outliers() -> tuple[Tensor, Tensor, WeightSite]:
     """Inputs with a few large channels, a weight, and its site in blocks of 16."""
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(400, 64, generator=generator) * torch.where(torch.arange(64) % 13 == 0, 20.0, 0.5)
-    return x, torch.randn(24, 64, generator=generator), WeightSite(layer="layer", op="linear", bits=4, block_size=16)
+    return (
+        x,
+        torch.randn(24, 64, generator=generator),
+        WeightSite(layer="layer", op="linear", format=INT4.in_blocks(16)),
+    )
 
 
 def test_errors_are_those_of_the_outputs(outliers: tuple[Tensor, Tensor, WeightSite]) -> None:
@@ -128,7 +133,7 @@ def test_awq_lowers_the_outputs_error(outliers: tuple[Tensor, Tensor, WeightSite
 
     plain = clipped_scale(weight, site, x.T @ x)
     scaled = clipped_scale(weight * factor, site, (x / factor).T @ (x / factor))
-    searched = search_weight_scale(weight, 4, 16)
+    searched = search_weight_scale(weight, INT4.in_blocks(16))
     assert error(weight * factor, scaled, x / factor) < error(weight, plain, x)
     # Its blocks are judged one by one; summed, the inputs of the blocks being independent, it still pays.
     assert error(weight, plain, x) < error(weight, searched, x)
