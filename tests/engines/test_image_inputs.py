@@ -187,6 +187,14 @@ def test_a_mask_of_zeros_and_ones_paints_where_it_is_one(dtype: type) -> None:
         )
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L"])
+@pytest.mark.parametrize("least", [0, 1])
+def test_an_image_of_zeros_and_ones_is_a_mask_in_any_mode(mode: str, least: int) -> None:
+    values = np.maximum(mask().astype(np.uint8), np.uint8(least))
+    painted = mask_pixels(Image.fromarray(values).convert(mode), (64, 64))[0]
+    assert np.array_equal(painted, values)
+
+
 def test_what_may_not_be_meant_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert not mask_pixels(Image.new("L", (64, 64)), (64, 64)).any()

@@ -24,7 +24,7 @@ _HINT = "8 bits have 0 to 255, 16 bits 0 to 65535, floats 0.0 to 1.0."
 
 
 def image_to_8_bits(picture: Image, what: str) -> Image:
-    """A PIL image of more than 8 bits a channel, or a mask of 0 and 1, in 8 bits; any other as it is.
+    """A PIL image of more than 8 bits a channel, or a mask of 0 and 1, in 8 bits; any other as it is, a mask in grey.
 
     Args:
         picture: any mode.
@@ -36,7 +36,9 @@ def image_to_8_bits(picture: Image, what: str) -> Image:
     from PIL import Image as images
 
     deep = picture.mode.startswith("I;16") or picture.mode in ("I", "F")
-    zero_or_one = what == MASK and picture.mode == "L" and picture.getextrema() == (0, 1)
+    if what == MASK and not deep:
+        picture = picture.convert("L")
+    zero_or_one = what == MASK and picture.mode == "L" and picture.getextrema()[1] == 1
     if not deep and not zero_or_one:
         return picture
     return images.fromarray(array_to_8_bits(_values(picture), what))

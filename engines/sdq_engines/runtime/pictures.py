@@ -83,7 +83,7 @@ def pixels(picture: Image, size: tuple[int, int]) -> np.ndarray:
 
 def mask_pixels(picture: Image, size: tuple[int, int]) -> np.ndarray:
     """FP32 [1, height, width]: 1 where to paint, 0 where to keep."""
-    scaled = _resized(image_to_8_bits(picture, "mask_image").convert("L"), size, "mask")
+    scaled = _resized(image_to_8_bits(picture, "mask_image"), size, "mask")
     painted = (np.asarray(scaled, np.float32) / 255.0 >= 0.5).astype(np.float32)[None]
     if not painted.any():
         _logger.warning("The mask is black everywhere, so nothing is painted; white is where to paint.")
