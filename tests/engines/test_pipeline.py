@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,3 +225,22 @@ def test_an_option_that_would_change_nothing_is_refused(
     with pytest.raises(SdqError, match=message) as caught:
         Pipeline.from_package(built("w4a8"), engine, **options)
     assert "threads" in caught.value.hint
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("threads", [-1, "two", True, 1.5])
+def test_threads_are_a_whole_number(built: Built, engine: str, threads: Any) -> None:
+    with pytest.raises(SdqError, match=r"threads is .* whole number"):
+        Pipeline.from_package(built("w4a8"), engine, threads=threads)
+
+
+def test_one_provider_may_stand_alone(built: Built) -> None:
+    assert Pipeline.from_package(built("w4a8"), "onnxruntime", providers="CPUExecutionProvider").engine == "onnxruntime"
+    with pytest.raises(SdqError, match="a list of names is wanted"):
+        Pipeline.from_package(built("w4a8"), "onnxruntime", providers=[7])
+
+
+@pytest.mark.parametrize(("options", "message"), [({"engine": None}, "no engine None"), ({"verify": "fast"}, "'full'")])
+def test_a_word_that_is_not_known_is_refused(built: Built, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SdqError, match=message):
+        Pipeline.load(built("w4a8").folder, **options)

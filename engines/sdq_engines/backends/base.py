@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from sdq_engines.errors import SdqError
+from sdq_engines.runtime.arguments import as_whole
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -31,6 +32,7 @@ __all__ = [
     "Stepper",
     "check_load_options",
     "require_working",
+    "threads_of",
 ]
 
 Arrays = dict[str, np.ndarray]
@@ -188,6 +190,23 @@ def check_load_options(engine: Backend, options: Mapping[str, Any]) -> None:
             raise SdqError(
                 f"The engine {engine.name} takes no option {name!r}.{guess}", f"Options of {engine.name}: {takes}."
             )
+
+
+def threads_of(options: Mapping[str, Any]) -> int | None:
+    """The option `threads`; None, as 0, leaves their number to the engine.
+
+    Raises:
+        SdqError: it is no whole number from 0 on.
+    """
+    threads = options.get("threads")
+    if threads is None:
+        return None
+    number = as_whole(threads, "threads")
+    if number < 0:
+        raise SdqError(
+            f"threads is {number}; a whole number from 1 on is wanted.", "Leave it out for the engine's own."
+        )
+    return number or None
 
 
 def require_working(engine: Backend) -> Availability:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult, require_working
+from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult, require_working, threads_of
 from sdq_engines.backends.stepping import HostStepper
 from sdq_engines.errors import SdqError
 from sdq_engines.package.held import PackageChangedError, files_of, hold
@@ -77,7 +77,28 @@ class OnnxRuntimeBackend:
 
     def load(self, package: Package, entry: EngineEntry, options: Mapping[str, Any]) -> OnnxRuntimeSession:
         require_working(self)
-        return OnnxRuntimeSession(package, entry, options.get("providers") or [CPU], options.get("threads"))
+        return OnnxRuntimeSession(package, entry, _providers(options.get("providers") or [CPU]), threads_of(options))
+
+
+def _providers(given: Any) -> list[Provider]:
+    """The option `providers`: a row of names, or of names with settings; one name alone is taken too.
+
+    Raises:
+        SdqError: anything else.
+    """
+    providers = [given] if isinstance(given, str) else given
+    if not isinstance(providers, list | tuple) or not all(_is_provider(each) for each in providers):
+        raise SdqError(
+            f"providers is {given!r}; a list of names is wanted.",
+            'For example providers=["CUDAExecutionProvider", "CPUExecutionProvider"].',
+        )
+    return list(providers)
+
+
+def _is_provider(given: Any) -> bool:
+    return isinstance(given, str) or (
+        isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], dict)
+    )
 
 
 def open_session(

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdq_engines.backends.base import FP32_OPTION, Arrays, Availability, BuildJob, BuildResult, require_working
+from sdq_engines.backends.base import (
+    FP32_OPTION,
+    Arrays,
+    Availability,
+    BuildJob,
+    BuildResult,
+    require_working,
+    threads_of,
+)
 from sdq_engines.backends.profiles import extents, fixed_size, input_dims
 from sdq_engines.errors import SdqError
 from sdq_engines.package.held import files_of, hold
@@ -115,7 +123,7 @@ class OpenVinoBackend:
         here = f"{platform.machine()} CPU"
         if entry.target != here:
             raise SdqError(f"The openvino engine was built for: {entry.target}; here is: {here}.", rebuild)
-        return OpenVinoSession(package, entry, options.get("threads"))
+        return OpenVinoSession(package, entry, threads_of(options))
 
 
 def _attention(job: BuildJob, component: str) -> list[ir.passes.PassBase]:

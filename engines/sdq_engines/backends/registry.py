@@ -27,7 +27,7 @@ ENGINE_NAMES = tuple(_HOMES)
 def check_engine_name(name: str) -> None:
     """Raises: SdqError: there is no engine of this name."""
     if name not in (*ENGINE_NAMES, AUTO):
-        close = difflib.get_close_matches(name, ENGINE_NAMES, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(name), ENGINE_NAMES, n=1, cutoff=0.5)
         guess = f" Did you mean {close[0]!r}?" if close else ""
         raise SdqError(f"There is no engine {name!r}.{guess}", f"Engines: {', '.join((*ENGINE_NAMES, AUTO))}.")
 

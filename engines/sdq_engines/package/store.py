@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
@@ -68,9 +68,12 @@ def open_package(folder: str | Path, verify: Verify = "full", on_bytes: Callable
         on_bytes: hears how many bytes were hashed, for a progress bar.
 
     Raises:
-        SdqError: it is not a package, it was written by a newer sdq-deploy, a path leads outside it, a symlink leads
-            outside it, or a file is missing or changed. Each names the file and the command that mends it.
+        SdqError: `verify` is neither; it is not a package, it was written by a newer sdq-deploy, a path leads outside
+            it, a symlink leads outside it, or a file is missing or changed. Each names the file and the command that
+            mends it.
     """
+    if verify not in get_args(Verify):
+        raise SdqError(f"verify is {verify!r}; 'full' or 'cached' is wanted.", "Leave it out to hash every file.")
     root = Path(folder)
 
     def check() -> Package:
