@@ -102,8 +102,10 @@ def is_held(folder: Path, name: str) -> bool:
     lock = FileLock(path, timeout=0, thread_local=False)
     try:
         lock.acquire()
-    except (Timeout, OSError):
+    except Timeout:
         return True
+    except OSError:  # a read-only copy: nobody writes to it through this mount
+        return False
     # what a killed process left
     with contextlib.suppress(OSError):
         path.unlink()

@@ -126,10 +126,12 @@ def make_text_encoder(
     """A text encoder's graph, and the torch module that it equals."""
     module = encoder.module(source, _stored(source, encoder.component, dtype, integers))
     example = torch.zeros(2, encoder.length(source), dtype=torch.int64)
+    tokenizer = source.hashes[encoder.tokenizer]
     captured = _capture_part(
         source,
         encoder.component,
-        (encoder.wrap, encoder.output_names(source), example.shape, dtype, integers, source.told),
+        # the rows of textual inversions are at the tokenizer's numbers
+        (encoder.wrap, encoder.output_names(source), example.shape, dtype, integers, source.told, tokenizer),
         lambda: capture(module, {"input_ids": example}, batched=["input_ids"], outputs=encoder.output_names(source)),
     )
     return _finished(captured, dtype, integers), module

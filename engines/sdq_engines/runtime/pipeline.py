@@ -7,6 +7,7 @@ result.images[0].save("image.png")
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -66,6 +67,8 @@ class PipelineOutput:
     loops: list[LoopTime] = field(default_factory=list, repr=False)
     """Where the time of each batch's loop went."""
 
+
+_logger = logging.getLogger(__name__)
 
 Begin = Callable[[Sequence[ImageRequest], Sequence[NoiseStream]], Beginning]
 """Where the run of one batch begins."""
@@ -287,6 +290,11 @@ class Pipeline:
         from PIL import Image as images
 
         pixels = self.decode(latents)
+        if not np.isfinite(pixels).all():
+            _logger.warning(
+                "The %s engine made pixels that are no numbers; such an image is not to be used.", self.engine
+            )
+            pixels = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
         # As diffusers: [0, 1] to 8 bits by rounding, channels last.
         bytes_ = (pixels.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
         return [images.fromarray(image) for image in bytes_]
