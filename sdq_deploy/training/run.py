@@ -132,10 +132,10 @@ def _claimed(settings: TrainingSettings, resume: bool) -> Iterator[None]:
         if folder.status_file.is_file() and not resume:
             status = folder.read_status()["status"]
             export = f"Export it: sdq-deploy export {_quoted(str(settings.out))} --out PACKAGE, or train it further"
-            resume = "Continue it" if status != "complete" else export
+            advice = "Continue it" if status != "complete" else export
             raise SdqError(
                 f"{settings.out} already holds a training (status: {status}).",
-                f"{resume} with: {resume_command(settings)}, or give another --out.",
+                f"{advice} with: {resume_command(settings)}, or give another --out.",
             )
         yield
 
