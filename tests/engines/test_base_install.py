@@ -70,14 +70,12 @@ for engine in ("onnxruntime", "openvino"):
 
 def test_importing_the_package_is_light() -> None:
     code = """
-import time; started = time.perf_counter()
 import sdq_engines
 heavy = {"numpy", "pydantic", "PIL", "onnx", "onnxruntime", "openvino"}
-print(time.perf_counter() - started, sorted(heavy & set(sys.modules)))
+print(sorted(heavy & set(sys.modules)))
 """
-    results = [child(code).stdout.split(" ", 1) for _ in range(3)]
-    assert {modules.strip() for _, modules in results} == {"[]"}
-    assert min(float(seconds) for seconds, _ in results) < 0.15
+    result = child(code)
+    assert result.stdout.strip() == "[]", result.stderr
 
 
 def test_each_backend_is_imported_only_when_asked(built: Callable[[str], Package]) -> None:

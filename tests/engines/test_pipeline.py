@@ -162,12 +162,11 @@ def test_a_long_prompt_is_cut_and_named(built: Built, caplog: pytest.LogCaptureF
     assert np.array_equal(made.latents, pipeline("red " * 10, seed=0).latents)
 
 
-def test_the_loop_costs_little_beside_the_engine(built: Built) -> None:
-    pipeline = Pipeline.from_package(built("w4a16"), "onnxruntime")
-    pipeline(PROMPT, seed=0)
-    outside = [pipeline(PROMPT, seed=0, num_images_per_prompt=4).loops[0] for _ in range(5)]
-    # This denoiser takes a millisecond; the noise of a stochastic sampler is drawn outside the engine.
-    assert min(spent.total - spent.engine for spent in outside) < 5e-3
+def test_the_engines_part_of_the_loop_is_told(built: Built) -> None:
+    """One record a batch; the rest of it, which benchmarks measure, is what the loop costs beside the engine."""
+    spent = Pipeline.from_package(built("w4a16"), "onnxruntime")(PROMPT, seed=0, num_images_per_prompt=5).loops
+    assert len(spent) == 2
+    assert all(0 < each.engine < each.total for each in spent)
 
 
 def test_auto_takes_the_fastest_that_works_and_says_what_is_missing(built: Built, bare: Package) -> None:
