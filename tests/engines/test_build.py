@@ -185,7 +185,8 @@ def test_a_killed_builder_is_said_to_lack_memory(bare: Package) -> None:
     before = contents(bare.folder)
 
     def kill(component: str, stage: str) -> None:
-        (builder,) = psutil.Process().children()
+        children = psutil.Process().children()
+        (builder,) = [child for child in children if "sdq_engines.build_child" in child.cmdline()]
         builder.kill()
 
     with pytest.raises(SdqError) as caught:

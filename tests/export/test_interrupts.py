@@ -116,17 +116,20 @@ def test_a_second_export_into_a_folder_is_refused_and_the_first_goes_on(
 def test_ctrl_c_while_files_are_replaced_puts_them_back(
     source: Source, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
 ) -> None:
-    """The signal comes when some of the new files are in their places: too short a time to be hit from outside."""
+    """Where some of the new files are in their places: too short a time to be hit from outside.
+
+    What Python makes of the signal is raised there, without the signal: in the process of a test worker it ended that.
+    """
     out = tmp_path / "package"
     if replaced:
         shutil.copytree(made, out)
-    monkeypatch.setattr(PackageEditor, "move_file", signalled(signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            export_package(source, out, plan_of(source, "ddim", 3), GUIDANCE)
-    finally:
-        signal.signal(signal.SIGINT, before)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PackageEditor, "move_file", after_the_denoiser(interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export_package(source, out, plan_of(source, "ddim", 3), GUIDANCE)
     assert contents(out) == contents(made) if replaced else not out.exists()
 
 
@@ -171,19 +174,21 @@ def test_what_a_kill_leaves_is_named_and_removed_by_the_next_export(
     assert set(contents(out)) == {"manifest.json", *open_package(out, verify="full").manifest.files}
 
 
-def signalled(number: int) -> Callable[[PackageEditor, str, Path], None]:
-    """`PackageEditor.move_file` that sends this process a signal once the denoiser is in its place."""
+def after_the_denoiser(happens: Callable[[], None]) -> Callable[[PackageEditor, str, Path], None]:
+    """`PackageEditor.move_file` after which something happens once the denoiser is in its place."""
     move_file = PackageEditor.move_file
 
     def moved(self: PackageEditor, relative: str, source: Path) -> None:
         move_file(self, relative, source)
         if relative == model_file(DENOISER):
-            os.kill(os.getpid(), number)
+            happens()
 
     return moved
 
 
 def killed_export(model: Path, out: Path) -> None:
     """The command, in a process of its own that is killed once the denoiser is in its place."""
-    PackageEditor.move_file = signalled(signal.SIGKILL)  # type: ignore[method-assign]
+    PackageEditor.move_file = after_the_denoiser(  # type: ignore[method-assign]
+        lambda: os.kill(os.getpid(), signal.SIGKILL)
+    )
     main.run(options(model, out))
