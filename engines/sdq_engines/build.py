@@ -26,7 +26,7 @@ from sdq_engines.files import atomic_write_json
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import ENGINES, engine_folder
 from sdq_engines.package.links import require_plain_weights
-from sdq_engines.package.schema import EngineEntry, FileEntry, KernelCounts, Manifest, ShapeProfile
+from sdq_engines.package.schema import EngineEntry, KernelCounts, Manifest, ShapeProfile
 from sdq_engines.package.store import Package, read_manifest
 from sdq_engines.process import PeakMemory, how_it_died
 from sdq_engines.sizes import check_sizes
@@ -248,11 +248,7 @@ def _adopt(package: Package, engine: str, profile: ShapeProfile, result: dict[st
 
 def _require_same_graphs(package: Package, current: Manifest, engine: str) -> None:
     """Raises: SdqError: the package was exported again since it was opened; the engine is of its former graphs."""
-
-    def graphs(manifest: Manifest) -> dict[str, FileEntry]:
-        return {name: entry for name, entry in manifest.files.items() if not name.startswith(f"{ENGINES}/")}
-
-    if graphs(package.manifest) != graphs(current):
+    if package.manifest.files_without_engines != current.files_without_engines:
         raise SdqError(
             f"The package at {package.folder} was exported again while its {engine} engine was built.",
             f"Build it once more: sdq-deploy build {package.folder} --engine {engine}",

@@ -234,4 +234,9 @@ class Manifest(_Strict):
     @property
     def bytes_without_engines(self) -> int:
         """Bytes of what ships to every machine: all files but the engines'."""
-        return sum(entry.size for name, entry in self.files.items() if not name.startswith(f"{ENGINES}/"))
+        return sum(entry.size for entry in self.files_without_engines.values())
+
+    @property
+    def files_without_engines(self) -> dict[str, FileEntry]:
+        """What an export wrote: all files but the engines'."""
+        return {name: entry for name, entry in self.files.items() if not name.startswith(f"{ENGINES}/")}
