@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sdq_engines import Pipeline
 from sdq_engines.backends.registry import backend
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
+from sdq_engines.formats import INT8
 from sdq_engines.package.layout import DENOISER, PROLOGUE
 from sdq_export import integer_storage
 from sdq_export.conditioning import Conditioning
@@ -342,7 +344,7 @@ def test_an_int8_prologue_is_gated_and_smaller(
 def test_an_int8_prologue_that_costs_too_much_is_refused(
     source: Source, plan: SamplerPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(integer_storage._LARGEST, "int8", 3)  # a grid of seven values
+    monkeypatch.setattr(integer_storage, "INT8", replace(INT8, high=3))  # a grid of seven values
     checkpoint = quantized_checkpoint(source, plan, "w8a8", keep=KEEP)
     with pytest.raises(SdqError, match="INT8 prologue"):
         export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint, prologue="int8")
