@@ -4,14 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := train,cpu,rtx,dev
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest --durations=10
 
-.PHONY: demo test lint format clean
+.PHONY: demo check test test-long lint format clean
 
 demo: $(STAMP)
 	$(BIN)/sdq-deploy demo --out build/demo
 
+# For every save: what needs no export and no training.
+check: lint
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not export and not slow and not long"
+
+# Whole files are dealt out: a file's tests share what is expensive.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+# What is long by nature.
+test-long: lint
+	$(PYTEST) -m long
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

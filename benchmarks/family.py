@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import DENOISERS, FAMILIES, scaled, write_checkpoint
 from safetensors import safe_open
-from scales import largest_value_scale
 from torch import Tensor
 
+from sdq_deploy.random_checkpoints import DENOISERS, FAMILIES, scaled, write_checkpoint
 from sdq_deploy.recipes import load_recipe
 from sdq_engines.build import build_engine
 from sdq_engines.formats import PRECISIONS
@@ -54,6 +53,7 @@ from sdq_export.package_manifest import sampler_info
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import source_info, tool_versions
 from sdq_export.sampler import SamplerPlan, compile_sampler
+from sdq_export.scales import largest_value_scale
 from sdq_export.sites import find_sites
 from sdq_export.source import Source, load_source
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from checkpoints import FAMILIES
 from family import GUIDANCE, STEPS, export, make_checkpoint
 
+from sdq_deploy.random_checkpoints import FAMILIES
 from sdq_engines.backends.registry import backend
 from sdq_engines.bench import Timing, measure
 from sdq_engines.build import build_engine

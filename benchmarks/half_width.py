@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoints import write_sd14
 
+from sdq_deploy.random_checkpoints import write_sd14
 from sdq_engines import Pipeline
 from sdq_engines.bench import component_calls
 from sdq_engines.package.layout import DENOISER

@@ -27,8 +27,8 @@ from typing import Any
 
 import psutil
 import torch
-from checkpoints import FAMILIES, scaled, write_checkpoint
 
+from sdq_deploy.random_checkpoints import FAMILIES, scaled, write_checkpoint
 from sdq_engines.in_progress import IN_PROGRESS
 from sdq_engines.package.store import open_package
 from sdq_export.provenance import tool_versions

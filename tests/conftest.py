@@ -34,8 +34,22 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(_CACHE, ignore_errors=True)
 
 
+#: What a file imports, or a test asks for, that exports, builds or trains a model.
+_EXPORTS = {
+    *("export_package", "build_engine", "run_training", "train", "start_worker", "run_workers", "launch_nodes"),
+    *("run_method", "run_evaluate", "built", "copy", "full", "finished_run", "float_package", "quantized_package"),
+    *("other_family", "captured", "captured_denoiser", "checkpoint"),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: workers take whole files, and one that is left for the end keeps all waiting."""
+    """Mark what exports; and files with slow tests first.
+
+    Workers take whole files, and one that is left for the end keeps all waiting.
+    """
+    for item in items:
+        if _EXPORTS & ({*vars(getattr(item, "module", None)), *getattr(item, "fixturenames", ())}):
+            item.add_marker("export")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.checkpoints import _component, published, scaled, write_checkpoint
+from sdq_deploy.random_checkpoints import make_component, published, scaled, write_checkpoint
 from tests.tiny import write_tiny_sd, write_tiny_sd2, write_tiny_sd3, write_tiny_sdxl
 
 # What the published checkpoints hold, in parameters.
@@ -30,7 +30,7 @@ PARAMETERS = {
 
 @pytest.mark.parametrize(("family", "component"), PARAMETERS)
 def test_the_published_architectures_have_the_published_sizes(family: str, component: str) -> None:
-    model = _component(published(family)["components"][component])
+    model = make_component(published(family)["components"][component])
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[family, component]
     assert all(parameter.is_meta for parameter in model.parameters())
 

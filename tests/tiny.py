@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from benchmarks.checkpoints import T5, clip_tokenizer, randomize_, t5_tokenizer, write_checkpoint
+from sdq_deploy.random_checkpoints import T5, clip_tokenizer, randomize_, t5_tokenizer, write_checkpoint
 from sdq_export.conditioning import Conditioning
 
 WIDTH, MAX_LENGTH, T5_MAX_LENGTH = 32, 16, 24

@@ -1,4 +1,4 @@
-"""Add an engine to a package. The builder runs in a child process: if it crashes, the package is as it was.
+"""Add an engine to a package. A compiler runs in a child process: if it crashes, the package is as it was.
 
 package = build_engine(open_package("package"), "tensorrt-rtx", ShapeProfile(batch_max=4))
 """
@@ -21,6 +21,7 @@ from typing import Any
 from sdq_engines.backends.base import SM_OPTION
 from sdq_engines.backends.registry import AUTO, ENGINE_NAMES, backend, check_engine_name, fastest
 from sdq_engines.backends.supported import refusal, require_architectures, require_engine
+from sdq_engines.build_child import run_job
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_json
 from sdq_engines.package.editor import PackageEditor
@@ -39,6 +40,10 @@ Progress = Callable[[str, str], None]
 _STAGING = ".building-"
 _LOG_LINES = 12
 _POLL_SECONDS = 0.05
+_OPENED_HERE_BYTES = 1 << 28
+"""An engine that compiles nothing opens the package's graphs, as parity has done and every run will do. Up to this size
+it does so in this process, for a child takes longer to start than they to open; beyond, in a child, which gives the
+memory back."""
 
 
 def choose_engine(name: str, precision: str = "") -> str:
@@ -109,9 +114,10 @@ def build_engine(
             "profile": profile.model_dump(),
             "options": options or {},
         }
-        atomic_write_json(folder / "job.json", job)
+        small = package.manifest.bytes_without_engines <= _OPENED_HERE_BYTES
+        here = small and not backend(engine).compiles
         try:
-            result = _run_child(folder, engine, on_progress)
+            result = (_run_here if here else _run_child)(folder, job, on_progress)
         except SdqError:
             _require_same_graphs(package, read_manifest(package.folder), engine)
             raise
@@ -154,7 +160,21 @@ def _staging(package: Package) -> Iterator[Path]:
             engines.rmdir()
 
 
-def _run_child(folder: Path, engine: str, on_progress: Progress | None) -> dict[str, Any]:
+def _run_here(folder: Path, job: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:
+    with (folder / "builder.log").open("w", encoding="utf-8") as log:
+        result = run_job(folder, job, on_progress or (lambda component, stage: None), log)
+    return _require_built(folder, result)
+
+
+def _require_built(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    if "error" in result:
+        raise SdqError(result["error"], _hint(folder, result["hint"]))
+    return result
+
+
+def _run_child(folder: Path, job: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:
+    engine = job["engine"]
+    atomic_write_json(folder / "job.json", job)
     environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if engine == "tensorrt-rtx" else "0"}
     with (folder / "builder.log").open("wb") as log:
         child = subprocess.Popen(
@@ -175,10 +195,7 @@ def _run_child(folder: Path, engine: str, on_progress: Progress | None) -> dict[
             child.wait()
             raise
     if (folder / "result.json").is_file():
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        if "error" not in result:
-            return result
-        raise SdqError(result["error"], _hint(folder, result["hint"]))
+        return _require_built(folder, json.loads((folder / "result.json").read_text(encoding="utf-8")))
     died = how_it_died(child.returncode, memory.bytes) or f"stopped with exit code {child.returncode}"
     raise SdqError(
         f"The builder of {engine} {died} while {last or 'starting'}; the package is as it was.",

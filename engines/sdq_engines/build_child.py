@@ -1,7 +1,7 @@
-"""The child process of a build: `python -m sdq_engines.build_child JOB_FOLDER`.
+"""A build, and its child process: `python -m sdq_engines.build_child JOB_FOLDER`.
 
-Reads job.json, appends events to events.jsonl, writes result.json. What the native builder prints goes to the log that
-the parent made of stdout and stderr. Its standard input stays empty and ends with the parent.
+The child reads job.json, appends events to events.jsonl, and writes result.json. What the native builder prints goes to
+the log that the parent made of stdout and stderr. Its standard input stays empty and ends with the parent.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sdq_engines.backends.base import BuildJob
 from sdq_engines.backends.registry import backend
@@ -25,7 +26,7 @@ from sdq_engines.package.schema import ShapeProfile
 from sdq_engines.package.store import Package, read_manifest
 from sdq_engines.process import peak_memory_bytes
 
-__all__ = ["main"]
+__all__ = ["main", "run_job"]
 
 
 def _end_with_parent() -> None:
@@ -37,38 +38,60 @@ def _end_with_parent() -> None:
 def main(folder: Path) -> int:
     """Build what job.json asks for; 0 if it was built, 1 if it was refused."""
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    stages = _Stages(folder / "events.jsonl")
-    try:
-        result = _build(folder, job, stages)
-    except SdqError as error:
-        result = {"error": error.message, "hint": error.hint}
-    except MemoryError:
-        result = {"error": f"{job['engine']} ran out of memory.", "hint": "Close other programs, or build elsewhere."}
-    except OSError as error:
-        # The disk may have no room for result.json either; then the parent reads this from the log.
-        print(f"{error.strerror or error}: {error.filename or folder}", file=sys.stderr, flush=True)
-        result = {
-            "error": f"{job['engine']} cannot write: {error.strerror or error}.",
-            "hint": "Make room on the disk.",
-        }
-    except Exception as error:  # native bindings raise bare exceptions of many kinds
-        print(traceback.format_exc(), file=sys.stderr, flush=True)
-        hint = "Try another engine or precision: sdq-deploy doctor"
-        result = {"error": f"{job['engine']} refuses {stages.component}: {_gist(error)}", "hint": hint}
+    events = folder / "events.jsonl"
+
+    def report(component: str, stage: str) -> None:
+        with events.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"component": component, "stage": stage}) + "\n")
+
+    result = run_job(folder, job, report, sys.stderr)
     atomic_write_json(folder / "result.json", result)
     return 1 if "error" in result else 0
 
 
-class _Stages:
-    """Reports each stage to the parent and remembers the component."""
+def run_job(
+    folder: Path, job: Mapping[str, Any], on_progress: Callable[[str, str], None], log: TextIO
+) -> dict[str, Any]:
+    """Build in this process, into FOLDER/out.
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.component = path, "the package"
+    Args:
+        folder: the job's.
+        job: what job.json holds: package, engine, profile, options.
+        on_progress: hears the component and stage.
+        log: for what a native library raised.
+
+    Returns:
+        The fields of BuildResult, `build_seconds` and `peak_memory_bytes` of this process; or `error` and `hint`.
+    """
+    stages = _Stages(on_progress)
+    try:
+        return _build(folder, job, stages)
+    except SdqError as error:
+        return {"error": error.message, "hint": error.hint}
+    except MemoryError:
+        return {"error": f"{job['engine']} ran out of memory.", "hint": "Close other programs, or build elsewhere."}
+    except OSError as error:
+        # The disk may have no room for result.json either; then the parent reads this from the log.
+        print(f"{error.strerror or error}: {error.filename or folder}", file=log, flush=True)
+        return {
+            "error": f"{job['engine']} cannot write: {error.strerror or error}.",
+            "hint": "Make room on the disk.",
+        }
+    except Exception as error:  # native bindings raise bare exceptions of many kinds
+        print(traceback.format_exc(), file=log, flush=True)
+        hint = "Try another engine or precision: sdq-deploy doctor"
+        return {"error": f"{job['engine']} refuses {stages.component}: {_gist(error)}", "hint": hint}
+
+
+class _Stages:
+    """Reports each stage and remembers the component."""
+
+    def __init__(self, report: Callable[[str, str], None]) -> None:
+        self.report, self.component = report, "the package"
 
     def __call__(self, component: str, stage: str) -> None:
         self.component = component
-        with self.path.open("a", encoding="utf-8") as events:
-            events.write(json.dumps({"component": component, "stage": stage}) + "\n")
+        self.report(component, stage)
 
 
 def _gist(error: Exception) -> str:
@@ -77,7 +100,7 @@ def _gist(error: Exception) -> str:
     return f"{lines[-1] if lines else type(error).__name__}"[:400]
 
 
-def _build(folder: Path, job: dict[str, Any], stages: _Stages) -> dict[str, Any]:
+def _build(folder: Path, job: Mapping[str, Any], stages: _Stages) -> dict[str, Any]:
     # The parent has verified the package just before.
     package = Package(Path(job["package"]), read_manifest(Path(job["package"])))
     out = folder / "out"

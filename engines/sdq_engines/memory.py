@@ -14,7 +14,6 @@ from pathlib import Path
 __all__ = ["available_memory_bytes", "give_back_memory", "resident_bytes"]
 
 _ROOT = Path("/")
-
 _WORTH_GIVING_BYTES = 2 << 30
 """A process that holds less has nothing that another would miss, and collecting all that the training stack has loaded
 takes half a second, several times an export."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.scales import largest_value_scale
 from sdq_engines.formats import PrecisionName
 from sdq_export.checkpoint import (
     CheckpointInfo,
@@ -22,6 +21,7 @@ from sdq_export.checkpoint import (
 )
 from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler import SamplerPlan
+from sdq_export.scales import largest_value_scale
 from sdq_export.sites import find_sites
 from sdq_export.smoothing import INVERSE, smooth_, smoothing_key
 from sdq_export.source import Source

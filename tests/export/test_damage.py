@@ -194,7 +194,7 @@ def test_the_refiners_score_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> No
 def test_published_configurations_are_of_the_declared_types() -> None:
     import diffusers
 
-    from benchmarks.checkpoints import FAMILIES, published
+    from sdq_deploy.random_checkpoints import FAMILIES, published
 
     for family in FAMILIES:
         for name, config in published(family)["components"].items():

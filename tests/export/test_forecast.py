@@ -10,7 +10,7 @@ import diffusers
 import pytest
 from torch import nn
 
-from benchmarks import checkpoints
+from sdq_deploy import random_checkpoints
 from sdq_engines.errors import SdqError
 from sdq_export.forecast import ExportForecast, forecast_export
 from sdq_export.parity.budget import choose_gate
@@ -22,8 +22,8 @@ GATE = choose_gate("auto", 20, (4, 64, 64), 860_000_000, True)
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Source:
     """Stable Diffusion v1-4 without its weights: files of their size that hold nothing and take no disk."""
-    folder, tree = tmp_path_factory.mktemp("published"), checkpoints.published("sd14")
-    parts = {name: checkpoints._component(config) for name, config in tree["components"].items()}
+    folder, tree = tmp_path_factory.mktemp("published"), random_checkpoints.published("sd14")
+    parts = {name: random_checkpoints.make_component(config) for name, config in tree["components"].items()}
     getattr(diffusers, tree["pipeline"])(**parts, **tree["settings"]).save_config(folder)
     for name, part in parts.items():
         if not isinstance(part, nn.Module):

@@ -16,7 +16,7 @@ from onnx_ir.passes.common import CheckerPass
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.checkpoints import randomize_
+from sdq_deploy.random_checkpoints import randomize_
 from sdq_engines import Pipeline
 from sdq_engines.backends.registry import backend
 from sdq_engines.build import build_engine

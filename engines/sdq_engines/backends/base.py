@@ -163,6 +163,9 @@ class Backend(Protocol):
     load_options: tuple[str, ...]
     """Which options `load` takes."""
 
+    compiles: bool
+    """Whether `build` runs a compiler, which may crash and take much memory; if not, it only opens the graphs."""
+
     def available(self) -> Availability:
         """Whether it works here; never raises, imports the backend's library."""
         ...

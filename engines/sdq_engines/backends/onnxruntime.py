@@ -49,6 +49,7 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
     build_options: tuple[str, ...] = ()
     load_options: tuple[str, ...] = ("providers", "threads")
+    compiles = False
 
     def available(self) -> Availability:
         hint = "pip install 'sdq-deploy[cpu]' (or [gpu] for the CUDA provider)"

@@ -70,6 +70,7 @@ class OpenVinoBackend:
     name = "openvino"
     build_options: tuple[str, ...] = (FP32_OPTION,)
     load_options: tuple[str, ...] = ("threads",)
+    compiles = True
 
     def available(self) -> Availability:
         hint = "pip install 'sdq-deploy[cpu]'"

@@ -198,6 +198,7 @@ class EngineEntry(_Strict):
     kernels: KernelCounts | None = None
     build_seconds: float
     peak_memory_bytes: int
+    """Of the process that built it."""
     bytes_on_disk: int
 
 

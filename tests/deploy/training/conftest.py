@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.training.helpers import run_workers
+from tests.deploy.training.helpers import train
 
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder, complete, made by one process. Not to be changed."""
+    """A run folder, complete, made in this process. Not to be changed."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    run_workers(tiny_sd, out)
+    train(tiny_sd, out)
     return out

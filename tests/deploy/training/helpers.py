@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from sdq_deploy.recipes import load_recipe
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
-from sdq_deploy.training.run import make_accelerator
+from sdq_deploy.training.run import make_accelerator, run_training
 from sdq_export.source import load_source
 
 ROOT = Path(__file__).parents[3]
@@ -67,7 +68,25 @@ def start_worker(
     )
 
 
-def run_workers(model: Path, out: Path, overrides: dict[str, Any] | None = None, *, world: int = 1) -> None:
+def train(model: Path, out: Path, overrides: dict[str, Any] | None = None) -> list[str]:
+    """Run a training in this process to its end, or go on with what is there; the stages that ran."""
+    return run_training(small_settings(model, out, overrides), resume=True, cpu=True, quiet=True)
+
+
+def without_stages(finished: Path, out: Path, first: str) -> Path:
+    """A copy of a finished run in which `first` and the stages after it have not run yet."""
+    shutil.copytree(finished, out)
+    status = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    names = list(status["stages"])
+    for name in names[names.index(first) :]:
+        del status["stages"][name]
+    (out / "run.json").write_text(json.dumps(status), encoding="utf-8")
+    if first == "collect":
+        shutil.rmtree(out / "dataset")
+    return out
+
+
+def run_workers(model: Path, out: Path, overrides: dict[str, Any] | None = None, *, world: int) -> None:
     """Run a training in `world` processes to its end."""
     port = free_port()
     workers = [start_worker(model, out, overrides, rank=rank, world=world, port=port) for rank in range(world)]

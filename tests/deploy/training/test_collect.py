@@ -1,4 +1,4 @@
-"""The serial dataset: the teacher's own trajectories, the same for any number of processes."""
+"""The serial dataset: the teacher's own trajectories, each made once."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
 
 from sdq_deploy.training.dataset import load_split
 from sdq_deploy.training.prompts import stable_seed
-from tests.deploy.training.helpers import run_workers, small_context, small_settings, start_worker
+from tests.deploy.training.helpers import small_context, small_settings, start_worker, train
 
 
 def test_trajectories_are_those_of_diffusers(tiny_sd: Path, finished_run: Path) -> None:
@@ -56,18 +55,6 @@ def test_without_guidance_the_empty_prompt_is_not_run(tiny_sd: Path, tmp_path: P
     assert not load_split(tmp_path / "run" / "dataset", "training").guided
 
 
-def test_two_processes_make_the_set_of_one(tiny_sd: Path, finished_run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    run_workers(tiny_sd, out, {"fit.max_train_steps": 0}, world=2)
-    names = sorted(path.name for path in (finished_run / "dataset").glob("*.safetensors"))
-    assert names == sorted(path.name for path in (out / "dataset").glob("*.safetensors"))
-    assert len(names) == 6
-    for name in names:
-        one, two = load_file(finished_run / "dataset" / name), load_file(out / "dataset" / name)
-        for key, tensor in one.items():
-            torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
-
-
 def test_killed_in_collect_finished_shards_are_not_made_again(
     tiny_sd: Path, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -82,7 +69,7 @@ def test_killed_in_collect_finished_shards_are_not_made_again(
     worker.communicate()
     before = {path: path.stat().st_mtime_ns for path in dataset.glob("*-*.safetensors")}
     assert before
-    run_workers(tiny_sd, out, overrides)
+    train(tiny_sd, out, overrides)
     assert all(path.stat().st_mtime_ns == modified for path, modified in before.items())
     wanted, found = (load_split(run / "dataset", "training").shard.latents[:] for run in (finished_run, out))
     assert torch.equal(found, wanted)

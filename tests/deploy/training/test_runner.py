@@ -19,7 +19,7 @@ from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import load_checkpoint
 from sdq_export.reference import build_reference
 from sdq_export.source import load_source
-from tests.deploy.training.helpers import SMALL, small_settings
+from tests.deploy.training.helpers import SMALL, small_settings, without_stages
 
 
 def train_again(model: Path, finished: Path, out: Path, overrides: dict[str, Any] | None = None) -> list[str]:
@@ -91,15 +91,7 @@ def test_an_interrupt_names_the_command_that_continues(
     tiny_sd: Path, finished_run: Path, tmp_path: Path, stage: str
 ) -> None:
     """Ctrl-C in each stage: raised by the stage's own progress bar, as a signal would."""
-    out = tmp_path / "run"
-    shutil.copytree(finished_run, out)
-    status = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    names = list(status["stages"])
-    for name in names[names.index(stage) :]:
-        del status["stages"][name]
-    (out / "run.json").write_text(json.dumps(status), encoding="utf-8")
-    if stage == "collect":
-        shutil.rmtree(out / "dataset")
+    out = without_stages(finished_run, tmp_path / "run", stage)
     from sdq_deploy.training.context import TrainingContext
 
     original = TrainingContext.bar

@@ -18,7 +18,7 @@ from sdq_deploy.training.log import read_log
 from sdq_deploy.training.losses import layer_outputs
 from sdq_deploy.training.teacher import fit_teacher, make_teacher
 from sdq_export.stepping import StepDenoiser
-from tests.deploy.training.helpers import run_workers, small_context
+from tests.deploy.training.helpers import small_context, train
 from tests.nearness import FLOAT_NOISE, relative
 from tests.tiny import write_tiny_sd, write_tiny_sd3, write_tiny_sdxl
 
@@ -115,7 +115,7 @@ def test_the_fit_is_the_same_with_the_teacher_offloaded(tiny_sd: Path, finished_
     for offload in (False, True):
         out = Path(shutil.copytree(finished_run, tmp_path / str(offload)))
         changes = {"fit.max_train_steps": 2, "fit.mixed_precision": "bf16", "fit.gradient_checkpointing": True}
-        run_workers(tiny_sd, out, changes | {"fit.offload_teacher": offload})
+        train(tiny_sd, out, changes | {"fit.offload_teacher": offload})
         logs.append([record["loss"] for record in read_log(out / "log")[1:]])
     # rounding decisions of the grids may differ
     assert logs[0] == pytest.approx(logs[1], rel=0.05)

@@ -42,6 +42,7 @@ class NvidiaBackend:
     """See the module. Build options: `fp32` and `bf16`, lists of components; of TensorRT-RTX `sm`, architectures."""
 
     load_options: tuple[str, ...] = ()
+    compiles = True
 
     def __init__(self, library: Library) -> None:
         self.library, self.name = library, library.engine

@@ -9,7 +9,7 @@ import torch
 
 from sdq_deploy.training.log import read_log
 from sdq_export.checkpoint import load_checkpoint
-from tests.deploy.training.helpers import run_workers, start_worker
+from tests.deploy.training.helpers import start_worker, train, without_stages
 from tests.deploy.training.methods.runs import run_method, snr_of, status_of
 
 SETTINGS = {"method": "efficientdm", "efficientdm.rank": 4, "efficientdm.adapter_lr": 0.1}
@@ -18,7 +18,7 @@ SETTINGS = {"method": "efficientdm", "efficientdm.rank": 4, "efficientdm.adapter
 @pytest.fixture(scope="module")
 def tuned(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("efficientdm") / "run"
-    run_workers(tiny_sd, out, SETTINGS)
+    train(tiny_sd, out, SETTINGS)
     return out
 
 
@@ -64,13 +64,13 @@ def test_the_memory_is_reported_beside_full_training(finished_run: Path, tuned: 
 
 
 def test_killed_it_continues_and_ends_where_an_undisturbed_one_ends(tiny_sd: Path, tuned: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+    out = without_stages(tuned, tmp_path / "run", "fit")
     worker = start_worker(tiny_sd, out, SETTINGS)
     while not (out / "fit" / "resume.pt").is_file():
         if worker.poll() is not None:
             pytest.fail(worker.communicate()[0])
     worker.kill()
     worker.communicate()
-    run_workers(tiny_sd, out, SETTINGS)
+    train(tiny_sd, out, SETTINGS)
     wanted, found = ([record["loss"] for record in read_log(run / "log")[1:]] for run in (tuned, out))
     assert found == pytest.approx(wanted, rel=1e-5)

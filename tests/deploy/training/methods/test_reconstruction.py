@@ -14,7 +14,7 @@ from sdq_deploy.training.methods.blocks import Samples, block_inputs, block_outp
 from sdq_deploy.training.methods.reconstruction import BlockFit, block_error
 from sdq_export.checkpoint import load_checkpoint, weight_key
 from sdq_export.stepping import StepDenoiser
-from tests.deploy.training.helpers import run_workers, start_worker
+from tests.deploy.training.helpers import start_worker, train, without_stages
 from tests.deploy.training.methods.runs import snr_of, status_of
 from tests.deploy.training.test_modelopt_backend import TIMESTEPS, make_student
 from tests.tiny import prompt_rows, tiny_unet
@@ -63,7 +63,7 @@ def test_a_blocks_error_falls_and_its_integers_stay_within_one(name: str) -> Non
 @pytest.fixture(scope="module")
 def reconstructed(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reconstructed") / "run"
-    run_workers(tiny_sd, out, SETTINGS)
+    train(tiny_sd, out, SETTINGS)
     return out
 
 
@@ -83,7 +83,7 @@ def test_it_ends_as_a_checkpoint(tiny_sd: Path, reconstructed: Path) -> None:
 def test_killed_within_a_block_it_ends_where_an_undisturbed_one_ends(
     tiny_sd: Path, reconstructed: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
+    out = without_stages(reconstructed, tmp_path / "run", "fit")
     worker = start_worker(tiny_sd, out, SETTINGS)
     resume = out / "fit" / "resume.pt"
     while True:
@@ -93,7 +93,7 @@ def test_killed_within_a_block_it_ends_where_an_undisturbed_one_ends(
             break
     worker.kill()
     worker.communicate()
-    run_workers(tiny_sd, out, SETTINGS)
+    train(tiny_sd, out, SETTINGS)
     wanted, found = (status_of(run)["stages"]["fit"]["measured"]["blocks"] for run in (reconstructed, out))
     assert [entry["after"] for entry in found] == pytest.approx([entry["after"] for entry in wanted], rel=1e-4)
     assert [entry["before"] for entry in found] == pytest.approx([entry["before"] for entry in wanted], rel=1e-4)

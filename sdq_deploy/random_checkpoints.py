@@ -1,6 +1,6 @@
 """Checkpoints of the four families, at full size or small, filled with seeded random weights.
 
-    python benchmarks/checkpoints.py FOLDER --family sd14 --width 0.5 --latent-size 32 --thin
+    python -m sdq_deploy.random_checkpoints FOLDER --family sd14 --width 0.5 --latent-size 32 --thin
 
 The architectures are the published configurations (`sdq_export/published/*.json`), the layout is diffusers' own, so
 they are loaded by the code that loads real ones. Speed, size and memory do not depend on what the weights are; images
@@ -59,15 +59,15 @@ def write_checkpoint(
     parts: dict[str, Any] = {}
     for name, config in tree["components"].items():
         config |= (changes or {}).get(name, {})
-        parts[name] = None if name in without else _component(config)
+        parts[name] = None if name in without else make_component(config)
     assembled = getattr(diffusers, pipeline or tree["pipeline"])(**parts, **tree["settings"])
     assembled.save_config(folder)
     del assembled
     for index, name in enumerate(list(parts)):
         part = parts.pop(name)
         if isinstance(part, nn.Module):
-            randomize_(part, 1000 * seed + index, dtype)
-            part.save_pretrained(folder / name, safe_serialization=True, variant=variant)
+            filled: Any = randomize_(part, 1000 * seed + index, dtype)
+            filled.save_pretrained(folder / name, safe_serialization=True, variant=variant)
         elif part is not None:
             part.save_pretrained(folder / name)
     return folder
@@ -173,7 +173,7 @@ def t5_tokenizer(max_length: int = 512) -> transformers.T5Tokenizer:
     return transformers.T5Tokenizer(vocab=vocabulary, model_max_length=max_length)
 
 
-def _component(config: Mapping[str, Any]) -> Any:
+def make_component(config: Mapping[str, Any]) -> Any:
     """A component of its configuration; models without memory for their parameters."""
     settings = copy.deepcopy(dict(config))
     library, name = settings.pop("_class_name")
