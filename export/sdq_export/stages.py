@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from sdq_engines.guidance import Guidance
 from sdq_engines.memory import give_back_memory
 from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER, VAE_ENCODER
 from sdq_export.checkpoint import QuantizedCheckpoint
@@ -100,7 +101,7 @@ class ExportJob:
         name, steps = "sampling with the floating-point model", len(self.gate.steps)
         self.on_stage(name, 0, steps)
         samples = record_teacher(
-            self.source, self.plan, self.guidance_scale, conditioning, self.gate, self.device,
+            self.source, self.plan, Guidance.classifier_free(self.guidance_scale), conditioning, self.gate, self.device,
             lambda done: self.on_stage(name, done, steps),
         )  # fmt: skip
         self._release(self.source.family.denoiser)

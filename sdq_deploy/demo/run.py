@@ -19,6 +19,7 @@ from sdq_deploy.evaluation.grids import comparison_grid
 from sdq_deploy.evaluation.metrics import compare_images
 from sdq_deploy.models import EMBEDDED, resolve_model
 from sdq_engines.files import atomic_write, atomic_write_json, claimed_folder
+from sdq_engines.guidance import Guidance
 from sdq_engines.package.layout import DENOISER, PROLOGUE
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _torch_images(
             plan,
             [pair.prompt for pair in pairs],
             [pair.seed for pair in pairs],
-            guidance,
+            Guidance.classifier_free(guidance),
             progress=lambda count: progress.advance(task, count),
         )
 

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sdq_deploy.training.guidance import guide, predict_outputs
+from sdq_engines.guidance import Guidance
 from sdq_export.families.vae import VaeDecoder
+from sdq_export.guidance import GuidedDenoiser
 from sdq_export.sampler import SamplerPlan, run_sampler
 from sdq_export.source import Source
 
@@ -25,12 +26,12 @@ def sample_latents(
     plan: SamplerPlan,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    guidance_scale: float,
+    guidance: Guidance,
     *,
     device: torch.device | str = "cpu",
     on_latents: Callable[[int, Tensor], Any] | None = None,
 ) -> Tensor:
-    """Final latents of one batch, FP32 [N, C, h, w] on `device`, with guidance against the empty prompt.
+    """Final latents of one batch, FP32 [N, C, h, w] on `device`.
 
     Each seed drives a CPU generator of its own, for the starting noise and for what a stochastic sampler adds.
 
@@ -39,7 +40,7 @@ def sample_latents(
         denoiser: on `device`; called as (latents [2N, C, h, w], steps int64 [2N], conditioning of 2N prompts).
         plan: the sampler.
         prompts, seeds: N of each.
-        guidance_scale: w in uncond + w (cond - uncond); 1 or less is none, as in diffusers.
+        guidance: against the empty prompt.
         device: where to compute.
         on_latents: hears (step, latents) after each step.
     """
@@ -47,14 +48,10 @@ def sample_latents(
     family = source.family
     shape = family.latent_shape(source)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    conditioning = family.encode_prompts(source, list(prompts)).to(device)
-    empty = family.encode_prompts(source, [None]).to(device) if guidance_scale > 1 else None
-
-    def predict(model_input: Tensor, step: int) -> Tensor:
-        steps = torch.full((len(prompts),), step, device=device)
-        return guide(predict_outputs(denoiser, model_input, steps, conditioning, empty), guidance_scale)
-
-    return run_sampler(plan, predict, noise, generator=generators, on_latents=on_latents)
+    guided = GuidedDenoiser(
+        denoiser, guidance, family.encode_prompts(source, list(prompts)), family.encode_prompts(source, [None])
+    )
+    return run_sampler(plan, guided, noise, generator=generators, on_latents=on_latents)
 
 
 @torch.no_grad()
@@ -71,7 +68,7 @@ def generate_images(
     plan: SamplerPlan,
     prompts: Sequence[str],
     seeds: Sequence[int],
-    guidance_scale: float,
+    guidance: Guidance,
     *,
     batch_size: int = 32,
     progress: Callable[[int], Any] = lambda count: None,
@@ -79,15 +76,13 @@ def generate_images(
     """One image for each prompt and seed, uint8 [N, H, W, 3]; see `sample_latents`.
 
     Args:
-        source, denoiser, plan, prompts, seeds, guidance_scale: as there.
+        source, denoiser, plan, prompts, seeds, guidance: as there.
         batch_size: images computed together.
         progress: hears how many images were just finished.
     """
     images = []
     for first in range(0, len(prompts), batch_size):
         part = slice(first, first + batch_size)
-        images.append(
-            decode(source, sample_latents(source, denoiser, plan, prompts[part], seeds[part], guidance_scale))
-        )
+        images.append(decode(source, sample_latents(source, denoiser, plan, prompts[part], seeds[part], guidance)))
         progress(len(images[-1]))
     return np.concatenate(images)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdq_deploy.evaluation.candidates import Candidate
 from sdq_deploy.evaluation.generate import decode, sample_latents
+from sdq_engines.guidance import Guidance
 from sdq_engines.runtime.loop import StepEvent
 from sdq_engines.runtime.pipeline import Pipeline
 from sdq_export.checkpoint import SamplerSettings, load_checkpoint, load_embeddings
@@ -115,7 +116,7 @@ class TorchMaker:
             self.plan,
             prompts,
             seeds,
-            self.guidance_scale,
+            Guidance.classifier_free(self.guidance_scale),
             device=self.device,
             on_latents=keep,
         )

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sdq_engines.formats import PrecisionName
+from sdq_engines.guidance import Guidance
 
 __all__ = [
     "SCHEDULERS",
@@ -58,6 +59,11 @@ class Sampling(_Section):
     num_inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=0, le=100)
     """1 or less runs the model on the prompt alone, as in diffusers."""
+
+    @property
+    def guidance(self) -> Guidance:
+        """By that scale."""
+        return Guidance.classifier_free(self.guidance_scale)
 
 
 class Quantization(_Section):

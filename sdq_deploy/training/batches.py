@@ -15,10 +15,10 @@ from torch import Tensor
 from sdq_deploy.recipes.schema import Pipeline
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import SerialData
-from sdq_deploy.training.guidance import ModelOutputs, guide
 from sdq_deploy.training.prompts import stable_seed
 from sdq_engines.errors import SdqError
 from sdq_export.conditioning import Conditioning
+from sdq_export.guidance import ModelOutputs, combine
 
 __all__ = ["Batch", "BatchSource", "make_source"]
 
@@ -177,7 +177,7 @@ class SerialSource(_Source):
         round_, step = divmod(iteration, plan.calls)
         row = plan.step_map(0, step)
         matrix, add, fresh = (torch.from_numpy(part).to(self.device) for part in (row.matrix, row.output, row.noise))
-        guided = guide(outputs, self.context.recipe.sampling.guidance_scale).float()
+        guided = combine(outputs, self.context.recipe.sampling.guidance).float()
         self.slots = torch.einsum("rs,bschw->brchw", matrix, self.slots) + torch.einsum("s,bchw->bschw", add, guided)
         if bool(fresh.any()):
             shape = (self.total, *guided.shape[1:])

@@ -30,10 +30,10 @@ from sdq_deploy.training.dataset import (
     shard_name,
     shard_of,
 )
-from sdq_deploy.training.guidance import ModelOutputs, guide, predict_outputs
 from sdq_deploy.training.prompts import stable_seed
 from sdq_engines.files import atomic_write_json
 from sdq_export.conditioning import Conditioning
+from sdq_export.guidance import GuidedDenoiser, ModelOutputs
 from sdq_export.sampler import run_sampler
 
 __all__ = ["collect", "collect_shard", "kept_steps", "starting_noise"]
@@ -154,22 +154,15 @@ def collect_shard(
         conditioning: of these prompts.
         empty: of the empty prompt.
     """
-    scale, device = context.recipe.sampling.guidance_scale, context.device
-    conditioning, blank = conditioning.to(device), empty.to(device) if scale > 1 else None
     generators = [torch.Generator().manual_seed(stable_seed(context.seed, split, member)) for member in members]
     noise = starting_noise(context, generators)
     chosen = torch.stack([kept_steps(context, split, member) for member in members])
     answers: list[ModelOutputs] = []
     kept: list[dict[str, Tensor]] = []
 
-    def predict(model_input: Tensor, step: int) -> Tensor:
-        steps = torch.full((len(members),), step, device=device)
-        answers.append(predict_outputs(context.teacher, model_input, steps, conditioning, blank))
-        return guide(answers[-1], scale)
-
     def keep(step: int, model_input: Tensor, _: Tensor) -> None:
         rows = chosen[:, step].nonzero().flatten()
-        at = rows.to(device)
+        at = rows.to(context.device)
         outputs = answers.pop()
         entry = {
             "latents": model_input[at],
@@ -181,7 +174,10 @@ def collect_shard(
             entry["unconditional"] = outputs.unconditional[at]
         kept.append({name: value.cpu() for name, value in entry.items()})
 
-    final = run_sampler(context.plan, predict, noise.to(device), generator=generators, on_step=keep)
+    guided = GuidedDenoiser(
+        context.teacher, context.recipe.sampling.guidance, conditioning, empty, on_outputs=answers.append
+    )
+    final = run_sampler(context.plan, guided, noise.to(context.device), generator=generators, on_step=keep)
     joined = {name: torch.cat([entry[name] for entry in kept]) for name in kept[0]}
     order = torch.argsort(joined["prompt_ids"] * context.plan.calls + joined["steps"])
     return shard_of({name: value[order] for name, value in joined.items()} | {"noise": noise, "final": final.cpu()})

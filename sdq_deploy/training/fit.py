@@ -24,7 +24,6 @@ from sdq_deploy.training.curves import draw_curves
 from sdq_deploy.training.dataset import load_split
 from sdq_deploy.training.ema import MovingAverage
 from sdq_deploy.training.freezing import FreezingTracker
-from sdq_deploy.training.guidance import ModelOutputs, predict_outputs
 from sdq_deploy.training.log import TrainingLog, read_log
 from sdq_deploy.training.losses import distillation_loss, layer_outputs, output_loss, step_weights
 from sdq_deploy.training.memory import peak_bytes, reset_peak, state_bytes
@@ -36,6 +35,7 @@ from sdq_deploy.training.teacher import fit_teacher
 from sdq_deploy.training.trajectory import trajectory_snr
 from sdq_engines.errors import SdqError
 from sdq_export.conditioning import Conditioning
+from sdq_export.guidance import ModelOutputs, predict_outputs
 from sdq_export.stepping import StepDenoiser
 
 __all__ = ["FitPlan", "Fitting", "Schedule", "fit", "full_training", "learning_rate_factor"]
@@ -192,8 +192,8 @@ class Fitting:
                 _, features = self._teach(batch, layers)
         with layer_outputs(self.student.denoiser, layers) as hidden:
             outputs = predict_outputs(self.trainee, batch.latents, batch.steps, batch.conditioning, batch.empty)
-        scale, weights = self.context.recipe.sampling.guidance_scale, self.step_weights[batch.steps]
-        losses = {"loss_output": output_loss(outputs, target, self.recipe.loss, scale, weights)}
+        guidance, weights = self.context.recipe.sampling.guidance, self.step_weights[batch.steps]
+        losses = {"loss_output": output_loss(outputs, target, self.recipe.loss, guidance, weights)}
         losses["loss"] = losses["loss_output"]
         if layers:
             losses["loss_ild"] = distillation_loss(hidden, features)

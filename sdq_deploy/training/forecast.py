@@ -149,7 +149,7 @@ def _forecast(settings: TrainingSettings, source: Source) -> Forecast:
         shape = source.family.latent_shape(source)
         flops = forward_flops(denoiser, shape, prompt)
         kept_bytes = saved_bytes(denoiser, shape, prompt, spec, recipe.fit.gradient_checkpointing)
-    passes = 2 if recipe.sampling.guidance_scale > 1 else 1
+    passes = recipe.sampling.guidance.rows
     share = max(1, recipe.fit.batch_size // context.accelerator.num_processes)
     with mode:
         state = device_state(denoiser, spec, recipe)

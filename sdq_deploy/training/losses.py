@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdq_deploy.training.guidance import ModelOutputs, guide
+from sdq_engines.guidance import Guidance
+from sdq_export.guidance import ModelOutputs, combine
 from sdq_export.sampler import SamplerPlan
 from sdq_export.stepping import StepDenoiser
 
@@ -35,7 +36,7 @@ def output_loss(
     student: ModelOutputs,
     teacher: ModelOutputs,
     kind: Literal["guided", "separate"],
-    guidance_scale: float,
+    guidance: Guidance,
     weights: Tensor,
 ) -> Tensor:
     """Mean squared error of the model's output, samples weighted by `weights` f32 [B].
@@ -45,7 +46,7 @@ def output_loss(
     mean of both passes' own errors.
     """
     if kind == "guided" or student.unconditional is None or teacher.unconditional is None:
-        return _weighted_error(guide(student, guidance_scale), guide(teacher, guidance_scale), weights)
+        return _weighted_error(combine(student, guidance), combine(teacher, guidance), weights)
     conditional = _weighted_error(student.conditional, teacher.conditional, weights)
     return (conditional + _weighted_error(student.unconditional, teacher.unconditional, weights)) / 2
 

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import SerialData, load_split
-from sdq_deploy.training.guidance import ModelOutputs, predict_outputs
+from sdq_deploy.training.outputs import outputs_on
 from sdq_deploy.training.stored import Rows
 from sdq_deploy.training.student import Student
 from sdq_engines.files import atomic_write_json
+from sdq_export.guidance import ModelOutputs
 
 __all__ = ["layer_sqnr", "sensitivity"]
 
@@ -51,12 +52,8 @@ def layer_sqnr(student: Student, data: SerialData, rows: torch.Tensor, layers: l
 
     A tensor that several layers share is quantized for all its readers.
     """
-    device = next(student.denoiser.parameters()).device
-    empty = data.empty.to(device) if data.guided else None
-    conditioning = data.conditioning[data.shard.prompt_ids[rows]].to(device)
-    latents, steps = data.shard.latents[rows].to(device), data.shard.steps[rows].to(device)
     with student.only(layers):
-        found = predict_outputs(student.denoiser, latents, steps, conditioning, empty)
+        found = outputs_on(student.denoiser, data, rows)
     wanted = ModelOutputs(data.shard.conditional[rows], _rows(data.shard.unconditional, rows))
     noise = sum(float((a.cpu() - b).square().sum()) for a, b in _pairs(found, wanted))
     signal = sum(float(b.square().sum()) for _, b in _pairs(found, wanted))

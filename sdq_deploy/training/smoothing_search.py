@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdq_deploy.recipes.schema import Calibrate
 from sdq_deploy.training.balance import column_peaks, log_balance
 from sdq_deploy.training.dataset import SerialData
-from sdq_deploy.training.guidance import predict_outputs
+from sdq_deploy.training.outputs import outputs_on
 from sdq_deploy.training.search import max_scale, search_weight_scale
 from sdq_export.checkpoint import dequantize_weight, quantize_weight
 from sdq_export.quantspec import ActivationSite, QuantSpec
@@ -188,13 +188,9 @@ def _apply(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _run_step(denoiser: StepDenoiser, data: SerialData, step: int, samples: int) -> None:
-    device = next(denoiser.parameters()).device
-    empty = data.empty.to(device) if data.guided else None
     rows = data.at_step(step, samples)
     for part in torch.split(rows, BATCH) if len(rows) else ():  # the split of nothing is one empty part
-        conditioning = data.conditioning[data.shard.prompt_ids[part]].to(device)
-        steps = data.shard.steps[part].to(device)
-        predict_outputs(denoiser, data.shard.latents[part].to(device), steps, conditioning, empty)
+        outputs_on(denoiser, data, part)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from torch import Tensor
 from sdq_deploy.training.collect import starting_noise
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import SerialData
-from sdq_deploy.training.guidance import guide, predict_outputs
 from sdq_deploy.training.prompts import stable_seed
+from sdq_export.guidance import GuidedDenoiser
 from sdq_export.sampler import run_sampler
 from sdq_export.stepping import StepDenoiser
 
@@ -39,12 +39,5 @@ def sample_latents(context: TrainingContext, denoiser: StepDenoiser, data: Seria
     """Final latents f32 [P, C, h, w] of held-out prompts, sampled with the noise that the teacher started from."""
     generators = [torch.Generator().manual_seed(stable_seed(context.seed, "validation", member)) for member in members]
     noise = starting_noise(context, generators).to(context.device)
-    conditioning = data.conditioning[members].to(context.device)
-    empty = data.empty.to(context.device) if data.guided else None
-
-    def predict(model_input: Tensor, step: int) -> Tensor:
-        steps = torch.full((len(members),), step, device=context.device)
-        outputs = predict_outputs(denoiser, model_input, steps, conditioning, empty)
-        return guide(outputs, context.recipe.sampling.guidance_scale)
-
-    return run_sampler(context.plan, predict, noise, generator=generators)
+    guided = GuidedDenoiser(denoiser, context.recipe.sampling.guidance, data.conditioning[members], data.empty)
+    return run_sampler(context.plan, guided, noise, generator=generators)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdq_deploy.cli import main
+from sdq_engines.guidance import Guidance
 from sdq_export.conditioning import Conditioning
-from sdq_export.parity.samples import guided
+from sdq_export.guidance import GuidedDenoiser
 from sdq_export.reference import build_reference, move_reference_
 from sdq_export.sampler import compile_sampler
 from sdq_export.source import load_source
@@ -59,7 +60,10 @@ def test_everything_goes_to_the_device_and_the_answer_comes_back(
     monkeypatch.setattr(torch, "autocast", lambda **_: contextlib.nullcontext())  # knows no such device
     with FakeTensorMode(allow_non_fake_inputs=True):
         move_reference_(reference, ELSEWHERE)
-        found = guided(reference, latents, 1, conditioning, 4.0, extra)
+        guided = GuidedDenoiser(
+            reference, Guidance.classifier_free(4.0), conditioning[1:], conditioning[:1], extra=extra
+        )
+        found = guided(latents, 1)
     assert set(places) == {ELSEWHERE}
     assert (found.device.type, found.shape, found.dtype) == ("cpu", latents.shape, torch.float32)
 

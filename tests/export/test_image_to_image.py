@@ -18,8 +18,9 @@ from PIL import Image
 from sdq_engines import Pipeline
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
+from sdq_engines.guidance import Guidance
 from sdq_export.engines import check_built_engine
-from sdq_export.parity.samples import guided
+from sdq_export.guidance import GuidedDenoiser
 from sdq_export.sampler import compile_sampler, make_scheduler, run_sampler
 from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
@@ -217,12 +218,13 @@ def test_text_to_image_with_an_inpainting_package_paints_the_whole_of_a_grey_ima
     scheduler, pipeline = inpainting
     plan = plan_of(inpainting_source, scheduler, STEPS)
     denoiser = StepDenoiser(copy.deepcopy(inpainting_source.denoiser), torch.from_numpy(plan.timesteps)).eval()
-    conditioning = inpainting_source.family.encode_prompts(inpainting_source, [None, PROMPTS[0]])
+    negative, prompt = (
+        inpainting_source.family.encode_prompts(inpainting_source, [each]) for each in (None, PROMPTS[0])
+    )
+    guided = GuidedDenoiser(denoiser, Guidance.classifier_free(GUIDANCE), prompt, negative)
     generator = torch.Generator().manual_seed(SEEDS[0])
     noise = torch.randn(1, 4, 8, 8, generator=generator)
-    wanted = run_sampler(
-        plan, lambda x, step: guided(denoiser, x, step, conditioning, GUIDANCE), noise, generator=generator
-    ).numpy()
+    wanted = run_sampler(plan, guided, noise, generator=generator).numpy()
     found = pipeline(PROMPTS[0], seed=SEEDS[0], guidance_scale=GUIDANCE).latents
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-4
 

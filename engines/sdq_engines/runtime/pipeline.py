@@ -19,6 +19,7 @@ import numpy as np
 from sdq_engines.backends.base import Arrays, Session, check_load_options
 from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
 from sdq_engines.errors import SdqError
+from sdq_engines.guidance import Guidance
 from sdq_engines.package.held import while_unchanged
 from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER
 from sdq_engines.package.schema import Size
@@ -224,12 +225,10 @@ class Pipeline:
         return PipelineOutput(images, np.concatenate(latents), [request.seed for request in requests], loops)
 
     def _conditioning(
-        self, requests: Sequence[ImageRequest], guidance: float, size: ImageSize
+        self, requests: Sequence[ImageRequest], guidance: Guidance, size: ImageSize
     ) -> Mapping[Wording, Arrays]:
         """The prologue's outputs of every different text of the call, [1, ...] each, computed once."""
-        texts = dict.fromkeys(request.prompt for request in requests)
-        if guidance > 1:
-            texts |= dict.fromkeys(request.negative_prompt for request in requests)
+        texts = dict.fromkeys(request.text(row) for row in guidance.texts for request in requests)
         return {text: self.prologue(self.prompts.encode([text], size)) for text in texts}
 
     def prologue(self, inputs: Arrays) -> Arrays:
@@ -241,16 +240,16 @@ class Pipeline:
         self,
         requests: Sequence[ImageRequest],
         batch: range,
-        guidance: float,
+        guidance: Guidance,
         texts: Mapping[Wording, Arrays],
         begin: Begin,
         callback: Callable[[StepEvent], None] | None,
     ) -> tuple[np.ndarray, LoopTime]:
         streams = [NoiseStream(request.seed) for request in requests]
         beginning = begin(requests, streams)
-        # Without guidance both halves are the prompt's: uncond + 1 * (cond - uncond) = cond.
-        first = [request.negative_prompt if guidance > 1 else request.prompt for request in requests]
-        order = [*first, *(request.prompt for request in requests)]
+        # The graph has two halves; without guidance both are the prompt's: uncond + 1 * (cond - uncond) = cond.
+        halves = guidance.texts if guidance.rows == 2 else guidance.texts * 2
+        order = [request.text(row) for row in halves for request in requests]
         prompt = {
             name: np.concatenate([texts[text][name] for text in order]) for name in self.manifest.io.prologue_outputs
         }
@@ -258,7 +257,7 @@ class Pipeline:
         drawn = streams if self.manifest.sampler.stochastic else None
         shape = beginning.latents.shape[1:]
         given = {**prompt, **beginning.extra}
-        with closing(self.session.stepper(beginning.latents, max(guidance, 1.0), rows, given)) as stepper:
+        with closing(self.session.stepper(beginning.latents, guidance.scale, rows, given)) as stepper:
             return denoise(stepper, len(rows), shape, batch, drawn, callback, beginning.call, beginning.blend)
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:

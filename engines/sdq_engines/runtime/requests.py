@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdq_engines.errors import SdqError
+from sdq_engines.guidance import Guidance, Text
 from sdq_engines.package.schema import Manifest, Size
 from sdq_engines.runtime.arguments import as_number, as_pair, as_text, as_whole, as_wholes
 from sdq_engines.runtime.prompts import ImageSize
@@ -77,6 +78,10 @@ class ImageRequest:
     prompt_index: int = 0
     """Which prompt of the call it is."""
 
+    def text(self, row: Text) -> Wording:
+        """What one of its rows reads."""
+        return self.negative_prompt if row == "negative" else self.prompt
+
 
 def refuse_others(arguments: dict[str, Any]) -> None:
     """Raises: SdqError: for the first argument given that the package cannot honour; None counts as not given."""
@@ -130,15 +135,15 @@ def check_size(
     return ImageSize(asked.get("original_size", size), corner, asked.get("target_size", size))
 
 
-def check_guidance(manifest: Manifest, guidance_scale: float | None) -> float:
-    """How strongly to guide: the package's own where the caller names nothing.
+def check_guidance(manifest: Manifest, guidance_scale: float | None) -> Guidance:
+    """How to guide: by the package's own scale where the caller names none.
 
     Raises:
         SdqError: it is not one finite number.
     """
     if guidance_scale is None:
-        return manifest.sampler.guidance_scale
-    return as_number(guidance_scale, "guidance_scale")
+        return Guidance.classifier_free(manifest.sampler.guidance_scale)
+    return Guidance.classifier_free(as_number(guidance_scale, "guidance_scale"))
 
 
 def check_originals(manifest: Manifest, image: object, mask_image: object, strength: float | None) -> float | None:

@@ -97,7 +97,7 @@ def check_float_graph(
         denoiser = without_activations(files.denoiser, Path(folder)) if quantized else files.denoiser
         runner = GraphRunner(denoiser, files.prologue, plan, samples.conditioning, samples.extra, device)
         for done, step in enumerate(gate.steps):
-            found = runner.output(samples.model_inputs[step], step, samples.guidance_scale)
+            found = runner.output(samples.model_inputs[step], step, samples.guidance.scale)
             figures.append(relative(found, expected.floating[step].numpy()))
             if step in gate.site_steps:
                 figures[-1] = max(figures[-1], _step_error(runner, plan, samples, step, expected.floating[step]))
@@ -135,7 +135,7 @@ def check_engine(
         parts = []
         for start in range(0, len(inputs), batch):
             part = inputs[start : start + batch]
-            feeds = step_feeds(plan, part, step, samples.guidance_scale, row)
+            feeds = step_feeds(plan, part, step, samples.guidance.scale, row)
             feeds |= {key: _halves(value, start, len(part)) for key, value in prompt.items()}
             if samples.extra is not None:
                 feeds[EXTRA_CHANNELS] = samples.extra[start : start + len(part)].numpy()
@@ -219,7 +219,7 @@ def _step_error(runner: GraphRunner, plan: SamplerPlan, samples: TeacherSamples,
     state[slot] = (samples.model_inputs[step].numpy() - others) / step_map.u[slot]
     history = np.ascontiguousarray(np.moveaxis(state[1:], 0, 1))
     row = plan.coefficients[0, step]
-    found = runner.run(step_feeds(plan, state[0], step, samples.guidance_scale, row, history, noise))
+    found = runner.run(step_feeds(plan, state[0], step, samples.guidance.scale, row, history, noise))
     add = np.multiply.outer(step_map.output, output.numpy()) + np.multiply.outer(step_map.noise, noise)
     wanted = np.tensordot(step_map.matrix, state, axes=1) + add
     errors = [relative(found["latents_out"], wanted[0])]
@@ -291,7 +291,7 @@ def check_quantized_graph(
     found, wanted = [], []
     for done, step in enumerate(gate.steps):
         wanted.append(samples.distances(expected.quantized[step], step))
-        output = runner.output(samples.model_inputs[step], step, samples.guidance_scale)
+        output = runner.output(samples.model_inputs[step], step, samples.guidance.scale)
         found.append(samples.distances(output, step))
         on_step(done + 1, len(gate.steps))
     says = "distance(graph, teacher) over distance(fake-quantized torch, teacher)"

@@ -11,7 +11,7 @@ from sdq_export.parity.gate import FLOAT_LIMIT, DenoiserFiles, relative
 from sdq_export.parity.graphs import GraphRunner, without_activations
 from sdq_export.parity.reference import quantizers_off
 from sdq_export.parity.report import Criterion
-from sdq_export.parity.samples import TeacherSamples, guided
+from sdq_export.parity.samples import TeacherSamples
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.scratch import temporary_folder
 from sdq_export.source import Source
@@ -48,16 +48,15 @@ class OtherSize:
 
     def answer(self, reference: StepDenoiser, step: int) -> Tensor:
         """The reference's guided output there, without activation quantization."""
-        samples = self.samples
         with quantizers_off(reference):
-            return guided(reference, self.latents, step, samples.conditioning, samples.guidance_scale, self._extra)
+            return self.samples.guided(reference, self._extra)(self.latents, step)
 
     def check(self, files: DenoiserFiles, plan: SamplerPlan, step: int, wanted: Tensor, device: str) -> Criterion:
         """The denoiser's graph, activation quantization bypassed, against what `answer` said."""
         with temporary_folder() as folder:
             bypassed = without_activations(files.denoiser, Path(folder))
             runner = GraphRunner(bypassed, files.prologue, plan, self.samples.conditioning, self._extra, device)
-            found = runner.output(self.latents, step, self.samples.guidance_scale)
+            found = runner.output(self.latents, step, self.samples.guidance.scale)
             del runner
         height, width = self.latents.shape[2:]
         return Criterion(

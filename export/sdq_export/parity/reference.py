@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sdq_export.parity.budget import Gate
-from sdq_export.parity.samples import TeacherSamples, guided
+from sdq_export.parity.samples import TeacherSamples
 
 __all__ = ["ReferenceOutputs", "answer", "quantizers_off", "reference_outputs"]
 
@@ -57,9 +57,7 @@ def reference_outputs(
 
 def answer(reference: Any, samples: TeacherSamples, step: int) -> Tensor:
     """The reference's guided output on the teacher's inputs of a step."""
-    return guided(
-        reference, samples.model_inputs[step], step, samples.conditioning, samples.guidance_scale, samples.extra
-    )
+    return samples.guided(reference, samples.extra)(samples.model_inputs[step], step)
 
 
 class quantizers_off:

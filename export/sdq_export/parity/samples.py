@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdq_engines.guidance import Guidance
 from sdq_export.conditioning import Conditioning
+from sdq_export.guidance import GuidedDenoiser
 from sdq_export.inpainting import sample_extra
 from sdq_export.parity.budget import Gate
 from sdq_export.sampler.jump import jump, model_input
@@ -19,7 +22,7 @@ from sdq_export.sampler.run import run_sampler
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
 
-__all__ = ["PARITY_PROMPTS", "TeacherSamples", "guided", "parity_prompts", "record_teacher"]
+__all__ = ["PARITY_PROMPTS", "TeacherSamples", "parity_prompts", "record_teacher"]
 
 PARITY_PROMPTS = (
     "a red circle on a blue background",
@@ -38,14 +41,14 @@ class TeacherSamples:
 
     Attributes:
         conditioning: of 2N prompts, unconditional first.
-        guidance_scale: of the guided outputs.
+        guidance: of the guided outputs; a graph always runs both halves, with its scale.
         model_inputs: step -> float32 [N, C, h, w], what the denoiser is given.
         outputs: step -> float32 [N, C, h, w], the teacher's guided output there.
         extra: float32 [N, 1 + C, h, w], mask and masked image of an inpainting denoiser, the same at every step.
     """
 
     conditioning: Conditioning
-    guidance_scale: float
+    guidance: Guidance
     model_inputs: Mapping[int, Tensor]
     outputs: Mapping[int, Tensor]
     extra: Tensor | None = None
@@ -61,35 +64,16 @@ class TeacherSamples:
         count, channels, height, width = next(iter(self.model_inputs.values())).shape
         return count, channels, height, width
 
+    def guided(self, denoiser: Any, extra: Tensor | None) -> GuidedDenoiser:
+        """A denoiser told of the samples' prompts; `extra` as the field, of the size of what it will be given."""
+        prompts, negative = self.conditioning[self.shape[0] :], self.conditioning[: self.shape[0]]
+        return GuidedDenoiser(denoiser, self.guidance, prompts, negative, extra=extra)
+
     def distances(self, outputs: NDArray[np.float32] | Tensor, step: int) -> NDArray[np.float64]:
         """Relative L2 distance of each sample's guided output [N, C, h, w] from the teacher's, [N]."""
         found, wanted = torch.as_tensor(outputs).flatten(1), self.outputs[step].flatten(1)
         result: NDArray[np.float64] = ((found - wanted).norm(dim=1) / wanted.norm(dim=1)).double().numpy()
         return result
-
-
-def guided(denoiser: Callable[..., Tensor], samples_in: Tensor, step: int, conditioning: Conditioning,
-           guidance_scale: float, extra: Tensor | None = None) -> Tensor:  # fmt: skip
-    """One guided output [N, C, h, w] of a StepDenoiser, as diffusers' pipelines combine it.
-
-    It computes where the denoiser is; what goes in and comes out is on the CPU.
-    """
-    device = _device(denoiser)
-    more = [] if extra is None else [torch.cat([extra, extra]).to(device)]
-    with torch.no_grad():
-        output = denoiser(
-            torch.cat([samples_in, samples_in]).to(device),
-            torch.tensor(step, device=device),
-            conditioning.to(device),
-            *more,
-        )
-    uncond, cond = output.float().cpu().chunk(2)
-    return uncond + guidance_scale * (cond - uncond)
-
-
-def _device(denoiser: Callable[..., Tensor]) -> torch.device:
-    parameters = denoiser.parameters() if isinstance(denoiser, torch.nn.Module) else iter(())
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def parity_prompts(prompts: tuple[str, ...], count: int) -> list[str | None]:
@@ -100,7 +84,7 @@ def parity_prompts(prompts: tuple[str, ...], count: int) -> list[str | None]:
 def record_teacher(
     source: Source,
     plan: SamplerPlan,
-    guidance_scale: float,
+    guidance: Guidance,
     conditioning: Conditioning,
     gate: Gate,
     device: torch.device | str = "cpu",
@@ -116,7 +100,7 @@ def record_teacher(
     Args:
         source: the checkpoint; its denoiser is not changed.
         plan: the sampler.
-        guidance_scale: of classifier-free guidance.
+        guidance: of the package.
         conditioning: of `parity_prompts`.
         gate: steps and samples.
         device: where the teacher computes.
@@ -134,15 +118,13 @@ def record_teacher(
         inputs[step], outputs[step] = given.clone(), output.clone()
         on_step(len(inputs))
 
-    def predict(given: Tensor, step: int) -> Tensor:
-        return guided(teacher, given, step, conditioning, guidance_scale, extra)
-
+    guided = GuidedDenoiser(teacher, guidance, conditioning[count:], conditioning[:count], extra=extra)
     noise = torch.randn(count, *latent_shape, generator=generator)
     if gate.full:
-        run_sampler(plan, predict, noise, generator=generator, on_step=keep)
+        run_sampler(plan, guided, noise, generator=generator, on_step=keep)
     else:
-        _jump_through(plan, predict, noise, gate.steps, keep)
-    return TeacherSamples(conditioning, guidance_scale, inputs, outputs, extra)
+        _jump_through(plan, guided, noise, gate.steps, keep)
+    return TeacherSamples(conditioning, guidance, inputs, outputs, extra)
 
 
 def _jump_through(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdq_deploy.training.dataset import SerialData
-from sdq_deploy.training.guidance import predict_outputs
+from sdq_deploy.training.outputs import outputs_on
 from sdq_export.stepping import StepDenoiser
 
 __all__ = ["ChannelStatistics", "channel_statistics"]
@@ -63,14 +63,10 @@ def channel_statistics(
         gram: whether to keep X^T X.
     """
     found: dict[str, ChannelStatistics] = {}
-    device = next(denoiser.parameters()).device
-    empty = data.empty.to(device) if data.guided else None
     rows = torch.cat([data.at_step(step, samples_per_step) for step in range(denoiser.num_steps)])
     with _watching(denoiser, layers, found, gram):
         for part in torch.split(rows, BATCH):
-            conditioning = data.conditioning[data.shard.prompt_ids[part]].to(device)
-            latents, steps = data.shard.latents[part].to(device), data.shard.steps[part].to(device)
-            predict_outputs(denoiser, latents, steps, conditioning, empty)
+            outputs_on(denoiser, data, part)
     return found
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sdq_deploy.training.dataset import SerialData
-from sdq_deploy.training.guidance import predict_outputs
 from sdq_deploy.training.modelopt_backend import import_modelopt, modelopt_bits, only_conv_and_linear
+from sdq_deploy.training.outputs import outputs_on
 from sdq_engines.formats import NumberFormat
 from sdq_export.checkpoint import scale_key, weight_scale_key
 from sdq_export.quantspec import QuantSpec
@@ -162,10 +162,6 @@ def _silence() -> Iterator[None]:
 @torch.no_grad()
 def _run_over(denoiser: StepDenoiser, data: SerialData, num_steps: int, samples_per_step: int) -> None:
     """Show the denoiser latents of every step, with and without their prompts."""
-    device = next(denoiser.parameters()).device
-    empty = data.empty.to(device) if data.guided else None
     rows = torch.cat([data.at_step(step, samples_per_step) for step in range(num_steps)])
     for part in torch.split(rows, BATCH):
-        conditioning = data.conditioning[data.shard.prompt_ids[part]].to(device)
-        latents, steps = data.shard.latents[part].to(device), data.shard.steps[part].to(device)
-        predict_outputs(denoiser, latents, steps, conditioning, empty)
+        outputs_on(denoiser, data, part)
