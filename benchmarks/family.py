@@ -46,9 +46,9 @@ from sdq_export.checkpoint import (
     weight_key,
     weight_scale_key,
 )
-from sdq_export.components import make_denoiser, make_reference
 from sdq_export.denoiser import DenoiserGraphs
-from sdq_export.integer_storage import prologue_layers, round_to_integers_
+from sdq_export.denoiser_export import make_denoiser, make_reference
+from sdq_export.integer_storage import round_to_integers_
 from sdq_export.package_manifest import sampler_info
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import source_info, tool_versions
@@ -106,7 +106,7 @@ def export(model: Path, package: Path, precision: str, prologue: str) -> dict[st
     checkpoint = quantized(source, plan, precision) if precision != "fp" else None
     started = time.perf_counter()
     reference = make_reference(source, plan, checkpoint, "fp16")
-    integer_layers = prologue_layers(reference) if prologue == "int8" else []
+    integer_layers = reference.prologue_layers if prologue == "int8" else []
     round_to_integers_(reference.model, integer_layers, "int8")
     graphs = make_denoiser(source, plan, reference, checkpoint, "fp16", integer_layers=integer_layers)
     made = time.perf_counter()
@@ -128,8 +128,8 @@ def manifest(
         family=source.family.name,
         precision=checkpoint.spec.precision if checkpoint else "fp16",
         io=ModelIO(
-            latent_shape=source.family.latent_shape(source),
-            image_size=source.family.image_size(source),
+            latent_shape=source.family.latent_shape,
+            image_size=source.family.image_size,
             prologue_inputs=[value.name or "" for value in graphs.prologue.graph.inputs],
             prologue_outputs=prologue_names(graphs.prologue),
         ),

@@ -43,12 +43,12 @@ RUNS = {
 def eager_step(model: Path) -> Callable[[], object]:
     """A call of diffusers' own denoiser on 2 latents."""
     source = load_source(model)
-    latents = torch.randn(2, *source.family.latent_shape(source))
-    prompts, timestep = source.family.encode_prompts(source, ["a red circle", None]), torch.tensor(500.0)
+    latents = torch.randn(2, *source.family.latent_shape)
+    prompts, timestep = source.family.encode_prompts(["a red circle", None]), torch.tensor(500.0)
 
     def call() -> object:
         with torch.inference_mode():
-            return source.family.predict(source.denoiser, latents, timestep, prompts)
+            return source.family.network.predict(source.denoiser, latents, timestep, prompts)
 
     return call
 
@@ -63,10 +63,10 @@ def package_step(model: Path, folder: Path, precision: str) -> Callable[[], obje
     source = load_source(model)
     plan = compile_sampler(source.scheduler, STEPS)
     session = backend("openvino").load(package, package.engine("openvino"), {})
-    conditioning = source.family.encode_prompts(source, [None, "a red circle"]).numpy()
+    conditioning = source.family.encode_prompts([None, "a red circle"]).numpy()
     wanted = package.manifest.io.prologue_inputs
     prompt = session.component(PROLOGUE).run({name: conditioning[name] for name in wanted})
-    latents = np.random.default_rng(0).standard_normal((1, *source.family.latent_shape(source))).astype(np.float32)
+    latents = np.random.default_rng(0).standard_normal((1, *source.family.latent_shape)).astype(np.float32)
     stepper = session.stepper(latents, GUIDANCE, plan.coefficients[0], prompt)
 
     def step() -> None:

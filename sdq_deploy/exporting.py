@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdq_deploy.libraries import quiet_libraries
-from sdq_deploy.models import open_model, open_run_model
+from sdq_deploy.models import open_model
+from sdq_deploy.run_models import open_run_model
 from sdq_deploy.training.folder import RunFolder
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import load_checkpoint

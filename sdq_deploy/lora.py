@@ -73,21 +73,20 @@ def fuse_loras(source: Any, loras: Sequence[Lora], folder: Path) -> None:
     """
     from sdq_deploy.adapters.file import open_adapter
     from sdq_deploy.adapters.names import layer_names
-    from sdq_export.source_files import checkpoint_files, stored_dtype, stored_variant
 
     names = layer_names(source)
     adapters = [open_adapter(lora.path, names) for lora in loras]
     changed = {part for adapter in adapters for part in adapter.parts()}
-    for name in checkpoint_files(source):
+    for name in source.files.names():
         if name.partition("/")[0] not in changed or ".safetensors" not in name:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.folder / name, target)
     for part in sorted(changed):
-        model, dtype = source.own(part), stored_dtype(source, part)
+        model, dtype = source.own(part), source.files.dtype(part)
         for lora, adapter in zip(loras, adapters, strict=True):
             _fuse(model, part, lora, adapter, dtype)
-        model.to(dtype).save_pretrained(folder / part, safe_serialization=True, variant=stored_variant(source, part))
+        model.to(dtype).save_pretrained(folder / part, safe_serialization=True, variant=source.files.variant(part))
         source.release(part)
 
 

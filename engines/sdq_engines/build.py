@@ -105,7 +105,7 @@ def build_engine(
             "Give --batch-min <= --batch-opt <= --batch-max.",
         )
     check_sizes(package, profile)
-    require_plain_weights(package)
+    require_plain_weights(package.folder, package.manifest.components.values())
     check_options(options or {}, [engine])
     with _staging(package) as folder:
         job = {

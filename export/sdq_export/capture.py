@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -15,6 +16,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset21 as op
 from torch import Tensor, nn
+
+from sdq_export.graph import NAME_SCOPES
 
 __all__ = ["OPSET", "FreeSize", "capture"]
 
@@ -58,6 +61,7 @@ def capture(
     static: Mapping[str, Any] | None = None,
     input_names: Sequence[str] | None = None,
     sized: FreeSize | None = None,
+    inside: str = "",
 ) -> ir.Model:
     """Export ``module`` as one ONNX graph of opset 21.
 
@@ -71,6 +75,7 @@ def capture(
         static: further arguments that are not tensors.
         input_names: what the graph calls the inputs, those of a dict one by one; the arguments' names by default.
         sized: leaves height and width of one input [B, C, h, w] free; the example's must differ.
+        inside: a submodule of ``module``, which is but a wrapper: layers and weights are named by their paths in it.
 
     Returns:
         The graph; its nodes carry ``pkg.torch.onnx.name_scopes``, weights their torch names where the exporter did
@@ -101,7 +106,22 @@ def capture(
     for value, name in zip(model.graph.inputs, names, strict=True):
         value.name = name
     _name_dims(model, batch, sized)
+    if inside:
+        _leave_wrapper(model, inside)
     return model
+
+
+def _leave_wrapper(model: ir.Model, inside: str) -> None:
+    """Name layers and weights by their paths in a submodule."""
+    for value in list(model.graph.initializers.values()):
+        value.name = _within(value.name or "", inside)
+    for node in model.graph:
+        if (scopes := node.metadata_props.get(NAME_SCOPES)) is not None:
+            node.metadata_props[NAME_SCOPES] = repr([_within(path, inside) for path in ast.literal_eval(scopes)])
+
+
+def _within(path: str, inside: str) -> str:
+    return "" if path == inside else path.removeprefix(f"{inside}.")
 
 
 def _detached(exported: ir.Model) -> ir.Model:

@@ -19,12 +19,13 @@ from typing import Any
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_json, atomic_write_text, sha256_file
 from sdq_engines.places import cache_folder
+from sdq_export.families import Family
 from sdq_export.file_parts import load_part
 from sdq_export.published import write_configuration
 from sdq_export.single_file import FromFile, Header, read_header
 from sdq_export.source import Source
 
-__all__ = ["configuration", "convert_file", "converted_folder", "file_identity"]
+__all__ = ["configuration", "convert_file", "converted_folder", "family_of_file", "file_identity"]
 
 _CONFIGURATION = ["*.json", "*.txt", "*.model"]
 #: diffusers' word for an architecture -> the published configuration that has it; inpainting or not.
@@ -64,6 +65,16 @@ def converted_folder(path: Path, options: FromFile) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def family_of_file(path: Path, options: FromFile) -> type[Family]:
+    """The family of the model in a file.
+
+    Raises:
+        SdqError: it is of none that is supported, or its configuration cannot be had.
+    """
+    with configuration(read_header(path), options) as folder:
+        return Source(folder, str(path), None).kind_of_family
 
 
 def file_identity(path: Path, options: FromFile) -> str:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from sdq_engines.errors import SdqError
-from sdq_export.families.base import GraphCuts
+from sdq_export.families.network import GraphCuts
 from sdq_export.graph import array_of
 from sdq_export.passes.assign_weights import AssignWeights
 from sdq_export.passes.clean_up import ClearNotes, RemoveDeadCode
@@ -60,7 +60,7 @@ def build_denoiser(
     """Run the passes.
 
     Args:
-        captured: as `Family.capture_denoiser` gives it; it is used up.
+        captured: as `Network.capture` gives it; it is used up.
         cuts: what divides it in two, by the family.
         plan: the sampler.
         latent_shape: C, h, w; the last two are names where the size is left free.

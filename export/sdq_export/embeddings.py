@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sdq_engines.errors import SdqError
-
-if TYPE_CHECKING:
-    from sdq_export.source import Source
+from sdq_export.parts import Parts
 
 __all__ = ["Embedding", "check_embeddings", "learn", "packed", "parse_embedding", "read_embedding", "unpacked"]
 
@@ -58,6 +56,18 @@ class Embedding:
 
     def __hash__(self) -> int:
         return hash((self.name, self.sha256))
+
+
+class ReadsEmbeddings(Protocol):
+    """A text encoder, by the folders of its weights and of its tokenizer."""
+
+    @property
+    def component(self) -> str:
+        """Of its weights."""
+
+    @property
+    def tokenizer(self) -> str:
+        """Of its tokenizer."""
 
 
 def parse_embedding(text: str) -> Embedding:
@@ -105,44 +115,61 @@ def read_embedding(name: str, path: Path) -> Embedding:
     return Embedding(name, path, hashlib.sha256(content).hexdigest(), vectors)
 
 
-def check_embeddings(source: Source) -> None:
+def check_embeddings(
+    embeddings: Sequence[Embedding], encoders: Iterable[ReadsEmbeddings], checkpoint: Parts, pipeline: str
+) -> None:
     """Load the tokenizers, which adds the names to them, and hold the vectors' widths against the encoders'.
+
+    Args:
+        embeddings: all of the checkpoint's.
+        encoders: its text encoders.
+        checkpoint: brings tokenizers and configurations.
+        pipeline: diffusers' pipeline.
 
     Raises:
         SdqError: an embedding that does not fit the model, or a name that stands for something already.
     """
-    if source.family.name == "stable-diffusion-3":
+    if pipeline == "StableDiffusion3Pipeline":
         raise SdqError(
-            f"{source.model} is a {source.family.pipeline}, whose prompts take no embeddings, as in diffusers.",
+            f"{checkpoint.model} is a {pipeline}, whose prompts take no embeddings, as in diffusers.",
             "Leave --embedding out.",
         )
-    for encoder in source.family.text_encoders:
-        width = _width(source, encoder.component)
-        for embedding in source.embeddings:
+    for encoder in encoders:
+        width = _width(checkpoint.folder, encoder.component)
+        for embedding in embeddings:
             found = embedding.of(encoder.component)
             if found is None or found.shape[1] != width:
                 has = "none" if found is None else f"vectors of width {found.shape[1]}"
                 raise SdqError(
-                    f"The embedding {embedding.path} has {has} for the {encoder.component} of {source.model}, which "
-                    f"takes width {width}.",
+                    f"The embedding {embedding.path} has {has} for the {encoder.component} of {checkpoint.model}, "
+                    f"which takes width {width}.",
                     "It was made for another model family.",
                 )
-        source.part(encoder.tokenizer)
+        checkpoint.part(encoder.tokenizer)
 
 
-def learn(source: Source, name: str, part: Any) -> None:
-    """Give a tokenizer or text encoder that was just loaded the names or the vectors of the source's embeddings.
+def learn(
+    embeddings: Sequence[Embedding], encoders: Iterable[ReadsEmbeddings], checkpoint: Parts, name: str, part: Any
+) -> None:
+    """Give a tokenizer or text encoder that was just loaded the names or the vectors of the embeddings.
+
+    Args:
+        embeddings: all of the checkpoint's.
+        encoders: its text encoders.
+        checkpoint: brings a text encoder's tokenizer.
+        name: of the part.
+        part: it.
 
     Raises:
         SdqError: a name that the tokenizer has already.
     """
-    for encoder in source.family.text_encoders if source.embeddings else ():
+    for encoder in encoders if embeddings else ():
         if name == encoder.tokenizer:
-            for embedding in source.embeddings:
+            for embedding in embeddings:
                 _add_names(part, embedding)
         if name == encoder.component:
-            tokenizer = source.part(encoder.tokenizer)
-            for embedding in source.embeddings:
+            tokenizer = checkpoint.part(encoder.tokenizer)
+            for embedding in embeddings:
                 vectors = embedding.of(name)
                 assert vectors is not None
                 _add_vectors(part, [tokenizer.convert_tokens_to_ids(token) for token in embedding.tokens], vectors)
@@ -200,8 +227,8 @@ def _add_vectors(encoder: Any, ids: list[int], vectors: Tensor) -> None:
     encoder.get_input_embeddings().weight[ids] = vectors
 
 
-def _width(source: Source, component: str) -> int:
-    config = json.loads((source.folder / component / "config.json").read_text(encoding="utf-8"))
+def _width(folder: Path, component: str) -> int:
+    config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
     return int(config["hidden_size"])
 
 

@@ -128,11 +128,11 @@ def _sizes(source: Source) -> tuple[dict[str, int], int, int, int]:
     with FakeTensorMode(allow_non_fake_inputs=True):
         sketch = Sketch(source.folder, source.model, source.revision)
         sizes = {part: sum(each.numel() for each in sketch.part(part).parameters()) for part in sketch.weighted_parts}
-        prompts = sketch.family.encode_prompts(sketch, [None, "a prompt"])
+        prompts = sketch.family.encode_prompts([None, "a prompt"])
         denoiser = StepDenoiser(sketch.denoiser, torch.zeros(1))
-        latents = torch.randn(2, *sketch.family.latent_shape(sketch))
+        latents = torch.randn(2, *sketch.family.latent_shape)
         call = count_flops(denoiser, latents, torch.zeros(2, dtype=torch.int64), prompts)
-        height, width = sketch.family.image_size(sketch)
+        height, width = sketch.family.image_size
         return sizes, height * width, call, count_flops(VaeDecoder(sketch.vae), latents[:1])
 
 

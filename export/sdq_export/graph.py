@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 __all__ = [
+    "NAME_SCOPES",
     "NodeList",
     "add_input",
     "array_of",
@@ -22,7 +23,7 @@ __all__ = [
     "rename",
 ]
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _LAYER_OPS = ("Conv", "MatMul", "Gemm")
 
 
@@ -32,7 +33,7 @@ def module_of(node: ir.Node) -> str | None:
     The last scope is the operation itself, the one before it the module; None for a node that the exporter's
     optimizer made and left unmarked.
     """
-    scopes = node.metadata_props.get(_SCOPES)
+    scopes = node.metadata_props.get(NAME_SCOPES)
     if scopes is None:
         return None
     path: list[str] = ast.literal_eval(scopes)

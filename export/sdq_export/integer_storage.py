@@ -19,24 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sdq_engines.formats import INT4, INT8
-from sdq_export.families.time_path import FrozenLinear
-from sdq_export.sites import fitting_block
-from sdq_export.stepping import StepDenoiser
+from sdq_export.quantspec import fitting_block
 from sdq_export.storage import IntegerDtype
+from sdq_export.time_path import FrozenLinear
 
-__all__ = ["as_integers", "block_of", "component_layers", "prologue_layers", "round_to_integers_"]
+__all__ = ["as_integers", "block_of", "component_layers", "round_to_integers_"]
 
 _BLOCK = 64
 _SIGNIFICANT_BITS = 11
 _SMALLEST_SCALE = 2.0**-24
 """FP16's smallest number: an engine that computes in FP16 can hold every scale."""
-
-
-def prologue_layers(denoiser: StepDenoiser) -> list[str]:
-    """Paths of the linear layers that a package computes once per prompt: those that are not left to quantize."""
-    every_step = denoiser.family.quantizable_layers(denoiser.model)
-    modules = denoiser.model.named_modules()
-    return [path for path, part in modules if isinstance(part, nn.Linear | FrozenLinear) and path not in every_step]
 
 
 def component_layers(component: nn.Module) -> list[str]:

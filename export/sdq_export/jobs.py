@@ -110,7 +110,7 @@ def export_model(
     steps, family = settings.num_inference_steps, source.family
     plan = compile_sampler(source.scheduler_named(settings.scheduler), family.default_steps if steps is None else steps)
     told = source.with_text(text_settings(None, settings.prompt_chunks, settings.clip_skip), settings.embeddings)
-    guidance_scale = family.guidance(source) if settings.guidance_scale is None else settings.guidance_scale
+    guidance_scale = family.guidance if settings.guidance_scale is None else settings.guidance_scale
     return _export(told, out, plan, guidance_scale, settings, None, listener or ExportListener())
 
 

@@ -7,18 +7,16 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdq_engines.errors import SdqError
+from sdq_export.families import Family
 from sdq_export.loading import naming
-
-if TYPE_CHECKING:
-    from sdq_export.families import Family
 
 __all__ = ["part_class", "repair", "scheduler_class"]
 
 
-def part_class(index: Mapping[str, Any], family: Family, name: str, model: str) -> Any:
+def part_class(index: Mapping[str, Any], family: type[Family], name: str, model: str) -> Any:
     """The class that the index names for a part, if the family supports it.
 
     Raises:
@@ -64,7 +62,7 @@ def scheduler_class(index: Mapping[str, Any], model: str) -> Any:
     return kind
 
 
-def repair(index: Mapping[str, Any], family: Family, options: Mapping[str, Any], scheduler: Any, denoiser: Any) -> Any:
+def repair(index: Mapping[str, Any], part: str, options: Mapping[str, Any], scheduler: Any, denoiser: Any) -> Any:
     """Let the constructor of the checkpoint's pipeline change the settings that it changes.
 
     diffusers' pipelines overwrite settings of old checkpoints (a scheduler's `steps_offset`, `clip_sample`,
@@ -72,7 +70,7 @@ def repair(index: Mapping[str, Any], family: Family, options: Mapping[str, Any],
 
     Args:
         index: names the pipeline's class.
-        family: names the denoiser's part.
+        part: what the pipeline calls its denoiser.
         options: of the constructor, beside the parts.
         scheduler: not changed; None for the denoiser alone.
         denoiser: with weights or without; its configuration is repaired in place.
@@ -86,7 +84,7 @@ def repair(index: Mapping[str, Any], family: Family, options: Mapping[str, Any],
     parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
     nothing = {each.name: None for each in parameters if each.default is inspect.Parameter.empty}
     repaired = copy.deepcopy(scheduler)
-    given = {**nothing, **options, "scheduler": repaired, family.denoiser: denoiser}
+    given = {**nothing, **options, "scheduler": repaired, part: denoiser}
     with naming(f"A {kind.__name__} of these settings"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it advises the checkpoint's author
         kind(**given)

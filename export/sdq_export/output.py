@@ -25,7 +25,6 @@ from sdq_export.provenance import notice
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.scratch import scratch_in
 from sdq_export.source import Source
-from sdq_export.tokenizer import tokenizer_json
 
 __all__ = ["claimed_output", "stage_component", "staged_path", "staging_folder", "write_files"]
 
@@ -111,9 +110,7 @@ def _stage(staging: Path, source: Source, plan: SamplerPlan, manifest: Manifest)
     """Every file but the graphs and the manifest, under its name in the package."""
     files = {
         **{
-            tokenizer_file(encoder.tokenizer): tokenizer_json(
-                source.part(encoder.tokenizer), encoder.length(source)
-            ).encode("utf-8")
+            tokenizer_file(encoder.tokenizer): encoder.tokenizer_json().encode("utf-8")
             for encoder in source.family.text_encoders
         },
         SAMPLER: plan.to_bytes(),

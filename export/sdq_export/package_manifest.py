@@ -17,7 +17,6 @@ from sdq_export.provenance import source_info, tool_versions
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.source import Source
 from sdq_export.stages import ExportJob
-from sdq_export.tokenizer import text_info
 
 __all__ = ["free_size_of", "make_manifest", "sampler_info"]
 
@@ -40,20 +39,20 @@ def make_manifest(folder: Path, job: ExportJob, report: ParityReport, free_size:
         family=family.name,
         precision=checkpoint.spec.precision if checkpoint else job.settings.dtype,
         io=ModelIO(
-            latent_shape=family.latent_shape(source),
-            image_size=family.image_size(source),
+            latent_shape=family.latent_shape,
+            image_size=family.image_size,
             prologue_inputs=[value.name or "" for value in prologue.graph.inputs],
             prologue_outputs=prologue_names(prologue),
-            force_zeros_for_empty_prompt=family.zeros_for_no_prompt(source),
+            force_zeros_for_empty_prompt=family.zeros_for_no_prompt,
             **free_size,
-            extra_channels=family.extra_channels(source.skeleton),
+            extra_channels=family.extra_channels,
         ),
-        text=[text_info(source, encoder) for encoder in family.text_encoders],
+        text=[encoder.info() for encoder in family.text_encoders],
         sampler=sampler_info(job.plan, job.guidance_scale),
         defaults=family.call_defaults,
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in components},
-        full_precision=[name for name in family.full_precision(source) if name in components],
+        full_precision=[name for name in family.full_precision if name in components],
         tools=tool_versions(),
         files={},
         fidelity={"parity": report.to_manifest()},
@@ -62,9 +61,9 @@ def make_manifest(folder: Path, job: ExportJob, report: ParityReport, free_size:
 
 def free_size_of(source: Source) -> dict[str, int]:
     """What the manifest says of a free size, in pixels."""
-    family, pixels = source.family, source.family.pixels_per_latent(source)
-    limit = family.latent_limit(source.skeleton)
-    found = {"size_multiple": family.latent_multiple(source.skeleton) * pixels}
+    family, pixels = source.family, source.family.pixels_per_latent
+    limit = family.latent_limit
+    found = {"size_multiple": family.latent_multiple * pixels}
     return found if limit is None else {**found, "size_limit": limit * pixels}
 
 

@@ -23,7 +23,7 @@ from sdq_engines.formats import (
     number_format,
 )
 
-__all__ = ["ActivationSite", "QuantSpec", "SiteFormat", "WeightSite"]
+__all__ = ["ActivationSite", "QuantSpec", "SiteFormat", "WeightSite", "fitting_block"]
 
 
 def _read_format(value: Any) -> Any:
@@ -133,3 +133,12 @@ class QuantSpec(_Frozen):
             site.layer: formats_of(site.format, inputs[site.layer].format if site.layer in inputs else None)
             for site in self.weights
         }
+
+
+def fitting_block(width: int, block_size: int) -> int | None:
+    """The block, halved until it divides the width; None where that would leave fewer than 16."""
+    while block_size >= 16:
+        if width % block_size == 0:
+            return block_size
+        block_size //= 2
+    return None

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,10 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from sdq_engines.errors import SdqError
 
-if TYPE_CHECKING:
-    from sdq_export.families import Family
-
-__all__ = ["FromFile", "Header", "family_of_file", "is_single_file", "read_header"]
+__all__ = ["FromFile", "Header", "is_single_file", "read_header"]
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -133,19 +129,6 @@ def read_header(path: Path) -> Header:
         raise SdqError(f"The file {path} is an adapter, not a model.", f"Fuse it into its model: --lora {path}")
     _refuse_types(path, dtypes)
     return Header(path, shapes, dtypes)
-
-
-def family_of_file(path: Path, options: FromFile) -> Family:
-    """The family of the model in a file.
-
-    Raises:
-        SdqError: it is of none that is supported, or its configuration cannot be had.
-    """
-    from sdq_export.conversion import configuration
-    from sdq_export.source import Source
-
-    with configuration(read_header(path), options) as folder:
-        return Source(folder, str(path), None).family
 
 
 def _refuse_types(path: Path, dtypes: Mapping[str, str]) -> None:

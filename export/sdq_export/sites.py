@@ -10,10 +10,10 @@ from torch import nn
 
 from sdq_engines.errors import SdqError
 from sdq_engines.formats import PRECISIONS, LayerFormats, NumberFormat, Operator, PrecisionName
-from sdq_export.families import family_of
-from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite
+from sdq_export.families import network_of
+from sdq_export.quantspec import ActivationSite, QuantSpec, WeightSite, fitting_block
 
-__all__ = ["DEFAULT_KEEP", "MAX_DEFAULT_GROUPS", "find_sites", "fitting_block", "step_groups"]
+__all__ = ["DEFAULT_KEEP", "MAX_DEFAULT_GROUPS", "find_sites", "step_groups"]
 
 #: The layers at the ends see raw latents; every paper of the field keeps them.
 DEFAULT_KEEP = ("conv_in", "conv_out")
@@ -60,7 +60,7 @@ def find_sites(
     weights: list[WeightSite] = []
     readers: dict[str, list[str]] = {}
     inputs: dict[str, NumberFormat] = {}
-    for layer, tensor in family_of(denoiser).quantizable_layers(denoiser).items():
+    for layer, tensor in network_of(denoiser).quantizable_layers(denoiser).items():
         if any(fnmatchcase(layer, glob) for glob in keep):
             continue
         module = denoiser.get_submodule(layer)
@@ -96,12 +96,3 @@ def _formats_of(layer: str, bits: Mapping[str, int], precision: PrecisionName, o
             "Take it out of quantization.bits, or choose another --precision.",
         )
     return chosen
-
-
-def fitting_block(width: int, block_size: int) -> int | None:
-    """The block, halved until it divides the width; None where that would leave fewer than 16."""
-    while block_size >= 16:
-        if width % block_size == 0:
-            return block_size
-        block_size //= 2
-    return None

@@ -6,27 +6,25 @@ import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdq_engines.errors import SdqError
 from sdq_export.configs import check_config, read_json
 from sdq_export.embeddings import Embedding, check_embeddings, learn
+from sdq_export.families import Family, family_of_checkpoint
+from sdq_export.hub import fetch_checkpoint
 from sdq_export.inpainting import remember_whole_mask
 from sdq_export.loading import load_model, load_tokenizer, naming
 from sdq_export.model_index import part_class, repair, scheduler_class
 from sdq_export.quantspec import QuantSpec
+from sdq_export.sampler import make_scheduler
 from sdq_export.shortcuts import split_shortcuts
 from sdq_export.skeleton import load_skeleton
-from sdq_export.source_files import identity_of, part_hashes
+from sdq_export.source_files import SourceFiles, identity_of
 from sdq_export.text_settings import TextSettings
-
-if TYPE_CHECKING:
-    from sdq_export.families import Family
 
 __all__ = ["Source", "load_source"]
 
-_ABOUT = ["model_index.json", "LICENSE*", "NOTICE*", "README.md", "scheduler/*.json"]
-_PART = ("*.json", "*.txt", "*.model", "*.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _COPIED_BYTES = 256 << 20
@@ -51,13 +49,19 @@ class Source:
         self.text = TextSettings()
         self.embeddings: tuple[Embedding, ...] = ()
         self.index: dict[str, Any] = read_json(folder, "model_index.json", model)
-        self.family = _family(folder, model, self.index)
+        self.kind_of_family = family_of_checkpoint(folder, model, self.index)
+        self.files = SourceFiles(folder, self.kind_of_family.parts)
         self._parts: dict[str, Any] = {}
+
+    @property
+    def family(self) -> Family:
+        """What differs between families, for this checkpoint."""
+        return self.kind_of_family(self)
 
     @cached_property
     def hashes(self) -> dict[str, str]:
         """Part -> hash over the files of it that are read, model_index.json among them (`source_files`)."""
-        return part_hashes(self)
+        return self.files.hashes()
 
     @cached_property
     def sha256(self) -> str:
@@ -67,11 +71,7 @@ class Source:
     @property
     def weighted_parts(self) -> list[str]:
         """The parts that have weights: denoiser, VAE, text encoders."""
-        return [part for part in self.family.parts if not part.startswith("tokenizer")]
-
-    def weights_bytes(self, part: str) -> int:
-        """Bytes of the weight files of a part."""
-        return sum(file.stat().st_size for file in self.weight_files(part))
+        return self.files.weighted
 
     def part(self, name: str) -> Any:
         """A model or tokenizer of the family's `parts`, loaded once.
@@ -85,10 +85,10 @@ class Source:
                 self._parts[name] = self._model(kind, name)
             else:
                 self._parts[name] = load_tokenizer(kind, self.folder, name, self.model)
-            learn(self, name, self._parts[name])
+            learn(self.embeddings, self.family.encoders, self, name, self._parts[name])
             if name == self.family.denoiser:
                 self._repair(self._parts[name])
-                if self.family.extra_channels(self._parts[name]):
+                if self.family.network.extra_channels(self._parts[name]):
                     remember_whole_mask(self._parts[name], self.vae)
                 if self.splits_shortcuts:
                     self._parts[name] = split_shortcuts(self._parts[name])
@@ -148,10 +148,10 @@ class Source:
         told.text, told.embeddings = text, (*self.embeddings, *embeddings)
         told._parts = dict(self._parts)
         if embeddings:
-            for encoder in self.family.text_encoders:
+            for encoder in self.family.encoders:
                 for part in (encoder.component, encoder.tokenizer):
                     told._parts.pop(part, None)
-            check_embeddings(told)
+            check_embeddings(told.embeddings, told.family.encoders, told, told.family.pipeline)
         return told
 
     def for_spec(self, spec: QuantSpec | None) -> Source:
@@ -184,8 +184,6 @@ class Source:
         Raises:
             SdqError: there is none of that name.
         """
-        from sdq_export.sampler import make_scheduler
-
         if name is None:
             return self.scheduler
         return self._repair(self.skeleton, make_scheduler(name, self.scheduler.config))
@@ -197,7 +195,7 @@ class Source:
         made = getattr(diffusers, kind or self.family.pipeline)(
             **{part: self.part(part) for part in self.family.parts},
             scheduler=copy.deepcopy(scheduler),  # the constructor may change its settings
-            **self.family.pipeline_options(self),
+            **self.family.pipeline_options,
         )
         made.set_progress_bar_config(disable=True)
         return made
@@ -207,27 +205,20 @@ class Source:
         """The licence that travels with the package, if the checkpoint brings one."""
         return next(iter(sorted(self.folder.glob("LICENSE*"))), None)
 
-    def weight_files(self, part: str) -> list[Path]:
-        """The part's safetensors: the plain ones where there are any, else the fp16 variant's."""
-        files = sorted((self.folder / part).glob("*.safetensors"))
-        plain = [file for file in files if ".fp16" not in file.name and ".non_ema" not in file.name]
-        return plain or [file for file in files if ".fp16" in file.name]
-
     def kind(self, name: str) -> Any:
         """The class that model_index.json names for a part.
 
         Raises:
             SdqError: the family does not support it.
         """
-        return part_class(self.index, self.family, name, self.model)
+        return part_class(self.index, self.kind_of_family, name, self.model)
 
     def _model(self, kind: Any, name: str) -> Any:
-        files = self.weight_files(name)
-        variant = "fp16" if all(".fp16" in file.name for file in files) else None
+        files, variant = self.files.weights(name), self.files.variant(name)
         return load_model(kind, self.folder, name, self.model, files, variant)
 
     def _repair(self, denoiser: Any, scheduler: Any = None) -> Any:
-        return repair(self.index, self.family, self.family.pipeline_options(self), scheduler, denoiser)
+        return repair(self.index, self.family.denoiser, self.family.pipeline_options, scheduler, denoiser)
 
 
 def load_source(model: str | Path, revision: str | None = None, named: str | None = None) -> Source:
@@ -243,7 +234,7 @@ def load_source(model: str | Path, revision: str | None = None, named: str | Non
     """
     folder = Path(model).expanduser()
     if not folder.exists():
-        folder = _from_hub(str(model), revision)
+        folder = fetch_checkpoint(str(model), revision)
     if not (folder / "model_index.json").is_file():
         raise SdqError(
             f"{model} is not a diffusers folder: it has no model_index.json.",
@@ -260,34 +251,8 @@ def load_source(model: str | Path, revision: str | None = None, named: str | Non
     return source
 
 
-def _family(folder: Path, model: str, index: dict[str, Any]) -> Family:
-    from sdq_export.families import FAMILIES, family_of_checkpoint
-
-    family = family_of_checkpoint(folder, index)
-    if index.get("_class_name") is None:
-        raise SdqError(
-            f"The model_index.json of {model} names no pipeline.",
-            'Add its class, for example "_class_name": "StableDiffusionPipeline".',
-        )
-    if family is None:
-        known = ", ".join(dict.fromkeys(name for each in FAMILIES for name in each.pipelines))
-        raise SdqError(
-            f"{model} is a {index.get('_class_name')}; supported are checkpoints of {known}.", "See docs/families.md."
-        )
-    return family
-
-
-def _parts_named(source: Source) -> list[str]:
-    """The parts that the index names, of any family of its pipeline: which family it is may depend on what is there."""
-    from sdq_export.families import FAMILIES
-
-    families = [family for family in FAMILIES if source.index["_class_name"] in family.pipelines]
-    parts = dict.fromkeys(part for family in families for part in family.parts)
-    return [part for part in parts if source.index.get(part) not in (None, [None, None])]
-
-
 def _check_weights(source: Source, part: str) -> None:
-    if source.weight_files(part):
+    if source.files.weights(part):
         return
     pickles = [file.name for file in (source.folder / part).glob("*") if file.suffix in _PICKLES]
     if pickles:
@@ -297,31 +262,3 @@ def _check_weights(source: Source, part: str) -> None:
             "Convert it where you trust it: load it with diffusers and save_pretrained(..., safe_serialization=True).",
         )
     raise SdqError(f"{source.model} has no {part}/*.safetensors.")
-
-
-def _from_hub(model: str, revision: str | None) -> Path:
-    looks_like_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
-    if not looks_like_id:
-        raise SdqError(
-            f"The model {model} does not exist.", "Give a diffusers folder, a hub id (owner/name), or shapes-64."
-        )
-    from huggingface_hub import snapshot_download
-
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-
-    try:
-        folder = fetch(_ABOUT)
-        if not (folder / "model_index.json").is_file():
-            return folder
-        # a hub repository may also hold the whole model as one file, and parts of other pipelines
-        parts = _parts_named(Source(folder, model, revision))
-        return fetch([*_ABOUT, *(f"{part}/{pattern}" for part in parts for pattern in _PART)])
-    except SdqError:
-        raise
-    except Exception as error:  # The hub client raises a dozen types for "not there" and "no network" alike.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SdqError(
-            f"The model {model} is neither a local folder nor to be had from the hub: {reason}",
-            "Check the name, or download it elsewhere and give the folder.",
-        ) from error

@@ -8,31 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdq_engines.guidance import Guidance
 from sdq_engines.memory import give_back_memory
-from sdq_engines.package.layout import DENOISER, PROLOGUE, VAE_DECODER, VAE_ENCODER
+from sdq_engines.package.layout import DENOISER, PROLOGUE
 from sdq_export.checkpoint import QuantizedCheckpoint
-from sdq_export.components import (
-    make_denoiser,
-    make_reference,
-    make_text_encoder,
-    make_vae_decoder,
-    make_vae_encoder,
-)
+from sdq_export.components import make_component
 from sdq_export.conditioning import Conditioning
+from sdq_export.denoiser_export import make_denoiser, make_reference
+from sdq_export.families.component import ComponentExport
 from sdq_export.output import stage_component
 from sdq_export.parity.budget import Gate
-from sdq_export.parity.components import check_text_encoder, check_vae_decoder, check_vae_encoder
+from sdq_export.parity.components import check_component, component_outputs
 from sdq_export.parity.gate import DenoiserFiles, check_float_graph, check_quantized_graph, check_sites
 from sdq_export.parity.graphs import GraphFile
 from sdq_export.parity.other_size import OtherSize, renamed
 from sdq_export.parity.prologue import round_prologue_
 from sdq_export.parity.reference import ReferenceOutputs, reference_outputs
 from sdq_export.parity.report import Criterion, ParityReport
-from sdq_export.parity.rounded import rounded_text_encoder, rounded_vae_decoder, rounded_vae_encoder
+from sdq_export.parity.rounded import check_rounding
 from sdq_export.parity.samples import TeacherSamples, parity_prompts, record_teacher
 from sdq_export.reference import move_reference_
 from sdq_export.sampler.plan import SamplerPlan
@@ -80,18 +75,10 @@ class ExportJob:
         """Encode the prompts of parity, and make every text encoder's graph."""
         family = self.source.family
         self.on_stage("encoding the prompts", 0, 0)
-        conditioning = family.encode_prompts(self.source, parity_prompts(self.settings.prompts, self.gate.samples))
+        conditioning = family.encode_prompts(parity_prompts(self.settings.prompts, self.gate.samples))
         for encoder in family.text_encoders:
-            self.on_stage(f"capturing the {encoder.component.replace('_', ' ')}", 0, 0)
-            graph, module = make_text_encoder(self.source, encoder, self.settings.dtype, self.settings.text_encoder)
-            file = self._written(encoder.component, graph)
-            del graph
-            self.criteria.append(check_text_encoder(file, module, self.source, encoder, self.settings.prompts))
-            if (integers := self.settings.text_encoder) is not None:
-                self.criteria.append(
-                    rounded_text_encoder(module, self.source, encoder, self.settings.prompts, integers)
-                )
-            del module
+            tokens = encoder.token_ids(["", *self.settings.prompts])
+            self._component(encoder.export(), [tokens], tokens)
             self._release(encoder.component)
         return conditioning
 
@@ -108,33 +95,36 @@ class ExportJob:
 
     def vae(self, samples: TeacherSamples) -> None:
         """Make the VAE's graphs; what the decoder draws is what the encoder is compared on."""
-        storage, latents = self.settings, [samples.last]
-        if self.settings.dynamic_size:
+        free, latents = self.settings.dynamic_size, [samples.last]
+        if free:
             latents.append(OtherSize(self.source, samples).latents[:1])
-        self.on_stage("capturing the VAE decoder", 0, 0)
-        graph, decoder = make_vae_decoder(self.source, storage.dtype, self.settings.dynamic_size, storage.vae)
-        file = self._written(VAE_DECODER, graph)
-        del graph
-        images = [_drawn(decoder, each) for each in latents]
-        found = [check_vae_decoder(file, decoder, *each) for each in zip(latents, images, strict=True)]
-        self.criteria.extend([found[0], *map(renamed, found[1:])])
-        if storage.vae is not None:
-            self.criteria.append(rounded_vae_decoder(decoder, self.source, latents[0], storage.vae))
-        del decoder
+        drawn = self._component(self.source.family.vae_decoder(free), latents, latents[0])
         if self.settings.vae_encoder:
-            self._vae_encoder(images, latents[0])
+            images = [2 * each - 1 for each in drawn]
+            self._component(self.source.family.vae_encoder(free), images, latents[0])
         self._release("vae")
 
-    def _vae_encoder(self, images: Sequence[Tensor], latents: Tensor) -> None:
-        storage = self.settings
-        self.on_stage("capturing the VAE encoder", 0, 0)
-        graph, encoder = make_vae_encoder(self.source, storage.dtype, self.settings.dynamic_size, storage.vae)
-        file = self._written(VAE_ENCODER, graph)
+    def _component(self, export: ComponentExport, given: Sequence[Tensor], rounded_on: Tensor) -> list[Tensor]:
+        """Make a component's graph and compare it with torch.
+
+        Args:
+            export: which one.
+            given: its input; a second one is of another size.
+            rounded_on: what the cost of integer weights is measured on.
+
+        Returns:
+            Torch's first output of each input.
+        """
+        self.on_stage(f"capturing the {export.words.replace('vae', 'VAE')}", 0, 0)
+        graph, module = make_component(self.source, export, self.settings.storage)
+        file = self._written(export.name, graph)
         del graph
-        found = [check_vae_encoder(file, encoder, each) for each in images]
+        wanted = [component_outputs(module, each) for each in given]
+        found = [check_component(file, export, *each) for each in zip(given, wanted, strict=True)]
         self.criteria.extend([found[0], *map(renamed, found[1:])])
-        if storage.vae is not None:
-            self.criteria.append(rounded_vae_encoder(encoder, self.source, latents, storage.vae))
+        if (integers := self.settings.storage.integers_of(export.part)) is not None:
+            self.criteria.append(check_rounding(self.source, export, module, rounded_on, integers))
+        return [first for first, *_ in wanted]
 
     def denoiser(self, samples: TeacherSamples) -> list[Criterion]:
         """Make the denoiser's graphs and hold them to criteria 1 to 3.
@@ -200,9 +190,3 @@ class ExportJob:
     def _release(self, part: str) -> None:
         self.source.release(part)
         give_back_memory()
-
-
-@torch.no_grad()
-def _drawn(decoder: nn.Module, latents: Tensor) -> Tensor:
-    images: Tensor = decoder(latents)
-    return images

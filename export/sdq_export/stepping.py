@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from sdq_export.conditioning import Conditioning
-from sdq_export.families import family_of
+from sdq_export.families import network_of
 from sdq_export.inpainting import with_extra
 from sdq_export.step_state import StepState
+from sdq_export.time_path import FrozenLinear
 
 __all__ = ["StepDenoiser"]
 
@@ -29,6 +30,7 @@ class StepDenoiser(nn.Module):
         timesteps: [T], the timestep of each step.
 
     Attributes:
+        network: what kind of denoiser it is.
         tables: what the time path made of the timesteps, f32 [T, ...] by name.
 
     Raises:
@@ -37,10 +39,10 @@ class StepDenoiser(nn.Module):
 
     def __init__(self, model: nn.Module, timesteps: Tensor) -> None:
         super().__init__()
-        self.family = family_of(model)
+        self.network = network_of(model)
         self.state = StepState()
-        self.tables = self.family.time_tables(model, timesteps)
-        self.family.use_tables(model, self.tables, self.state)
+        self.tables = self.network.time_tables(model, timesteps)
+        self.network.use_tables(model, self.tables, self.state)
         self.model: Any = model
         self.num_steps = len(timesteps)
 
@@ -62,8 +64,15 @@ class StepDenoiser(nn.Module):
         steps = steps.expand(latents.shape[0]) if steps.ndim == 0 else steps
         latents = with_extra(self.model, latents, extra_channels)
         with self.state.during(steps):
-            return self.family.predict(self.model, latents, steps, conditioning)
+            return self.network.predict(self.model, latents, steps, conditioning)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward, each with the steps of its own forward."""
         self.model.enable_gradient_checkpointing(self.state.checkpointing())
+
+    @property
+    def prologue_layers(self) -> list[str]:
+        """Paths of the linear layers that a package computes once per prompt: those that are not left to quantize."""
+        every_step = self.network.quantizable_layers(self.model)
+        layers = ((path, part) for path, part in self.model.named_modules() if path not in every_step)
+        return [path for path, part in layers if isinstance(part, nn.Linear | FrozenLinear)]

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from sdq_export.families.time_path import FrozenLinear
+from sdq_export.time_path import FrozenLinear
 
 __all__ = ["Dtype", "IntegerDtype", "Storage", "round_weights_"]
 
@@ -30,6 +30,10 @@ class Storage:
     """All text encoders."""
     vae: IntegerDtype | None = None
     """Decoder and encoder."""
+
+    def integers_of(self, part: str) -> IntegerDtype | None:
+        """Those that store a part of the checkpoint: its VAE, or a text encoder."""
+        return self.vae if part == "vae" else self.text_encoder
 
 
 def round_weights_(module: nn.Module, skip: Collection[str] = ()) -> None:

@@ -12,6 +12,7 @@ from sdq_engines.package.store import Package
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.devices import choose_device, full_fp32, memory_errors_named
 from sdq_export.forecast import ExportForecast, forecast_export
+from sdq_export.identity import require_same_model
 from sdq_export.output import claimed_output, staging_folder, write_files
 from sdq_export.package_manifest import free_size_of, make_manifest
 from sdq_export.parity import Gate, ParityReport, TeacherSamples
@@ -19,7 +20,6 @@ from sdq_export.parity.budget import choose_gate
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.settings import PackageSettings
 from sdq_export.source import Source
-from sdq_export.source_files import require_same_model
 from sdq_export.stages import ExportJob, OnStage
 
 __all__ = ["ExportResult", "OnNotice", "OnStage", "export_package"]
@@ -79,7 +79,7 @@ def export_package(
             work.stage(name)
             on_stage(name, done, total)
 
-        source.family.check_source(source)
+        source.family.check()
         _check_encoder(source, settings.vae_encoder)
         free_size = free_size_of(source) if settings.dynamic_size else {}
         job = _planned(source, plan, guidance_scale, settings, checkpoint, staging, stage)
@@ -104,7 +104,7 @@ def _planned(
 ) -> ExportJob:
     """The export with its gate and its device chosen, by the size of the denoiser."""
     parameters = sum(parameter.numel() for parameter in source.skeleton.parameters())
-    shape = source.family.latent_shape(source)
+    shape = source.family.latent_shape
     gate = choose_gate(settings.gate, plan.calls, shape, parameters, checkpoint is not None)
     device = choose_device(settings.device, parameters)
     return ExportJob(source, plan, guidance_scale, checkpoint, settings, gate, device, staging, on_stage)
@@ -120,7 +120,7 @@ def _foresee(found: ExportForecast, folder: Path, force: bool, on_notice: OnNoti
 
 
 def _check_encoder(source: Source, vae_encoder: bool) -> None:
-    if source.family.extra_channels(source.skeleton) and not vae_encoder:
+    if source.family.extra_channels and not vae_encoder:
         raise SdqError(
             "An inpainting model needs its VAE encoder: it takes the masked image's latents.",
             "Leave --no-vae-encoder out.",

@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sdq_deploy.models import EMBEDDED, open_model, open_run_model
+from sdq_deploy.models import EMBEDDED, open_model
+from sdq_deploy.run_models import open_run_model
 from sdq_deploy.training.folder import RunFolder
 from sdq_engines.errors import SdqError
 from sdq_engines.files import folder_kind, sha256_file
@@ -172,8 +173,8 @@ def _open_run(name: str, folder: Path, reference: str | None, from_file: FromFil
         path=str(folder),
         source=checkpoint.info.source,
         sampler=checkpoint.info.sampler,
-        image_size=source.family.image_size(source),
-        latent_shape=source.family.latent_shape(source),
+        image_size=source.family.image_size,
+        latent_shape=source.family.latent_shape,
         identity=digest("run", files, source.hashes),
         model_folder=str(source.folder),
         precision=checkpoint.info.spec.precision,
@@ -202,8 +203,8 @@ def _open_model(name: str, model: str, revision: str | None = None, from_file: F
         path=model,
         source=SourceRef(model=model, revision=revision, sha256=source.sha256),
         sampler=None,
-        image_size=source.family.image_size(source),
-        latent_shape=source.family.latent_shape(source),
+        image_size=source.family.image_size,
+        latent_shape=source.family.latent_shape,
         identity=digest("model", source.hashes),
         model_folder=str(source.folder),
     )

@@ -31,9 +31,9 @@ def time_eager(source: Source, manifest: Manifest, batch: int, runs: int) -> dic
     scheduler = saved_scheduler(manifest.sampler.scheduler, manifest.sampler.config)
     pipeline = source.pipeline(scheduler, family.inpainting_pipeline if manifest.io.extra_channels else None)
     latents = with_extra(denoiser, torch.randn(2 * batch, *manifest.io.latent_shape))
-    prompts, timestep = family.encode_prompts(source, [PROMPT]).expand(2 * batch), torch.tensor(500.0)
+    prompts, timestep = family.encode_prompts([PROMPT]).expand(2 * batch), torch.tensor(500.0)
     with torch.inference_mode():
-        step = measure(lambda: family.predict(denoiser, latents, timestep, prompts), runs)
+        step = measure(lambda: family.network.predict(denoiser, latents, timestep, prompts), runs)
         whole = measure(lambda: _images(pipeline, manifest, batch), max(3, runs // 2), warm_up=1)
     return {"denoiser": step, "end_to_end": whole}
 

@@ -46,11 +46,9 @@ def sample_latents(
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     family = source.family
-    shape = family.latent_shape(source)
+    shape = family.latent_shape
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    guided = GuidedDenoiser(
-        denoiser, guidance, family.encode_prompts(source, list(prompts)), family.encode_prompts(source, [None])
-    )
+    guided = GuidedDenoiser(denoiser, guidance, family.encode_prompts(list(prompts)), family.encode_prompts([None]))
     return run_sampler(plan, guided, noise, generator=generators, on_latents=on_latents)
 
 

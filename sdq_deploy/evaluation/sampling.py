@@ -86,5 +86,5 @@ def _model_sampler(
         scheduler=plan.scheduler,
         config=plan.config,
         num_inference_steps=plan.num_inference_steps,
-        guidance_scale=source.family.guidance(source) if guidance_scale is None else guidance_scale,
+        guidance_scale=source.family.guidance if guidance_scale is None else guidance_scale,
     )

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sdq_deploy.shapes64.scenes import Background, SceneObject
+from sdq_deploy.shapes64.objects import Background, SceneObject
 
 __all__ = ["KINDS", "VOCABULARY", "caption_of", "contents_of"]
 

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from sdq_deploy.shapes64.scenes import BACKGROUND_COLOURS, COLOURS, IMAGE_SIZE, Background, Scene, SceneObject
+from sdq_deploy.shapes64.objects import Background, SceneObject
+from sdq_deploy.shapes64.scenes import BACKGROUND_COLOURS, COLOURS, IMAGE_SIZE, Scene
 
 __all__ = ["render"]
 

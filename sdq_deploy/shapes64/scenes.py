@@ -15,15 +15,14 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from sdq_deploy.shapes64.captions import KINDS, caption_of
+from sdq_deploy.shapes64.objects import TEXTURES, Background, SceneObject
 
 __all__ = [
     "BACKGROUND_COLOURS",
     "COLOURS",
     "IMAGE_SIZE",
     "KINDS",
-    "Background",
     "Scene",
-    "SceneObject",
     "Split",
     "sample_scene",
 ]
@@ -47,8 +46,6 @@ BACKGROUND_COLOURS: dict[str, tuple[int, int, int]] = {
     "navy": (18, 24, 88),
 }
 
-TEXTURES = ("striped", "checkered")
-
 # Below this Euclidean RGB distance a shape is hard to tell from what lies behind it.
 _MIN_CONTRAST = 105.0
 
@@ -62,30 +59,6 @@ Split = Literal["train", "calibration", "validation", "held_out"]
 _SPLIT_STREAM: dict[str, int] = {"train": 0, "calibration": 1, "validation": 2, "held_out": 3}
 # 64 buckets of caption hashes; whatever is not named here belongs to training.
 _SPLIT_BUCKETS: dict[str, range] = {"held_out": range(4), "validation": range(4, 6), "calibration": range(6, 10)}
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One shape: `x`, `y` its centre and `radius` its size in pixels; `size` None where the caption does not say."""
-
-    kind: str
-    colour: str
-    size: str | None
-    x: float
-    y: float
-    radius: float
-
-
-@dataclass(frozen=True)
-class Background:
-    """`pattern` is plain, gradient (from `colours[0]` at the top to `colours[1]`) or one of `TEXTURES`.
-
-    Stripes run across, or down where `vertical`.
-    """
-
-    pattern: str
-    colours: tuple[str, ...]
-    vertical: bool = False
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,11 @@ def _encode(context: TrainingContext, tasks: Sequence[_Task], inputs: str) -> No
     cut: list[str] = []
     with _text_encoders(context), context.bar("encode prompts", len(missing)) as advance:
         if lacks_empty:
-            save_empty(folder, source.family.encode_prompts(source, [None]), inputs)
+            save_empty(folder, source.family.encode_prompts([None]), inputs)
         for task in missing:
             texts = [lists[task.split][member] for member in task.members]
-            cut += source.family.text_encoders[0].cut(source, texts)
-            save_prompts(folder, task.name, source.family.encode_prompts(source, texts), inputs)
+            cut += source.family.text_encoders[0].cut(texts)
+            save_prompts(folder, task.name, source.family.encode_prompts(texts), inputs)
             advance()
     if cut:
         _logger.warning(
@@ -185,7 +185,7 @@ def collect_shard(
 
 def starting_noise(context: TrainingContext, generators: Sequence[torch.Generator]) -> Tensor:
     """Unit noise f32 [P, C, h, w] on the CPU, one generator per sample, as diffusers draws it."""
-    shape = (1, *context.source.family.latent_shape(context.source))
+    shape = (1, *context.source.family.latent_shape)
     return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from sdq_deploy.lora import Lora
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.folder import RunFolder
-from sdq_deploy.training.methods.base import TrainingMethod
-from sdq_deploy.training.methods.registry import method_named
+from sdq_deploy.training.method import TrainingMethod
 from sdq_deploy.training.prompts import PromptSplit, split_prompts
+from sdq_deploy.training.registry import method_named
 from sdq_deploy.training.teacher import make_teacher
 from sdq_export.checkpoint import SamplerSettings, SourceRef
 from sdq_export.embeddings import parse_embedding
@@ -131,7 +131,7 @@ class TrainingContext:
         )
 
     @property
-    def method(self) -> TrainingMethod:
+    def method(self) -> TrainingMethod[TrainingContext]:
         """The recipe's method."""
         return method_named(self.recipe.method)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from sdq_deploy.recipes.schema import Fit, Recipe
 from sdq_deploy.training.counting import buffer_bytes, count
 from sdq_deploy.training.memory import state_bytes
-from sdq_deploy.training.methods.registry import method_named
 from sdq_deploy.training.optimizer import moment_bytes
+from sdq_deploy.training.registry import method_named
 from sdq_deploy.training.teacher import half_precision, teacher_is_asked
 from sdq_export.quantspec import QuantSpec
 from sdq_export.stepping import StepDenoiser
@@ -54,7 +54,7 @@ def _teacher_bytes(denoiser: StepDenoiser, fit: Fit, layers: int) -> int:
     if not teacher_is_asked(fit, layers):
         return 0
     converted = half_precision(fit) is not None
-    halved = set(denoiser.family.quantizable_layers(denoiser.model)) if converted else set()
+    halved = set(denoiser.network.quantizable_layers(denoiser.model)) if converted else set()
     sizes: list[int] = [
         parameter.numel() * (_HALF if name.rpartition(".")[0] in halved else _FP32)
         for name, parameter in denoiser.model.named_parameters()

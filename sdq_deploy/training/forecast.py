@@ -139,14 +139,14 @@ def _configuration(settings: TrainingSettings) -> Iterator[Path]:
 def _forecast(settings: TrainingSettings, source: Source) -> Forecast:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        source.family.check_source(source)
+        source.family.check()
         context = TrainingContext(settings, source, make_accelerator(settings.recipe, cpu=True), _no_progress())
     plan, recipe = context.plan, settings.recipe
     with mode:
         spec = context.spec
-        prompt = source.family.encode_prompts(source, ["a prompt"])
+        prompt = source.family.encode_prompts(["a prompt"])
         denoiser = StepDenoiser(source.denoiser, torch.as_tensor(plan.timesteps))
-        shape = source.family.latent_shape(source)
+        shape = source.family.latent_shape
         flops = forward_flops(denoiser, shape, prompt)
         kept_bytes = saved_bytes(denoiser, shape, prompt, spec, recipe.fit.gradient_checkpointing)
     passes = recipe.sampling.guidance.rows
@@ -201,7 +201,7 @@ def _forwards(fit: Fit) -> int:
 
 def _kept(denoiser: StepDenoiser, spec: QuantSpec) -> list[str]:
     sites = spec.weight_sites
-    return [layer for layer in denoiser.family.quantizable_layers(denoiser.model) if layer not in sites]
+    return [layer for layer in denoiser.network.quantizable_layers(denoiser.model) if layer not in sites]
 
 
 def _dataset_bytes(

@@ -27,7 +27,7 @@ def precompute(context: TrainingContext) -> None:
     Raises:
         SdqError: the two differ; the time path is of a kind that the tables do not capture.
     """
-    tables = context.source.family.time_tables(context.source.denoiser, context.timesteps)
+    tables = context.source.family.network.time_tables(context.source.denoiser, context.timesteps)
     with context.bar("precompute", 1) as advance:
         error = table_error(context)
         advance()
@@ -72,7 +72,7 @@ def _originals(
     denoiser.to(device)
     try:
         return [
-            context.source.family.predict(
+            context.source.family.network.predict(
                 denoiser,
                 with_extra(denoiser, latents[part].to(device)),
                 timesteps[part].to(device),

@@ -16,7 +16,8 @@ from sdq_deploy.training.prompt_files import read_prompts
 from sdq_deploy.training.prompts import shapes_prompts
 from sdq_deploy.training.run import read_settings
 from sdq_engines.errors import SdqError
-from sdq_export.single_file import FromFile, family_of_file, is_single_file
+from sdq_export.conversion import family_of_file
+from sdq_export.single_file import FromFile, is_single_file
 
 __all__ = ["default_recipe", "resolve_settings"]
 

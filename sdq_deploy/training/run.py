@@ -17,9 +17,9 @@ from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import INDEX
 from sdq_deploy.training.folder import RunFolder
-from sdq_deploy.training.methods.registry import method_named
 from sdq_deploy.training.optimizer import check_optimizer
 from sdq_deploy.training.prepare import is_prepared, prepare_model
+from sdq_deploy.training.registry import method_named
 from sdq_deploy.training.runner import run_stages
 from sdq_engines.errors import SdqError
 from sdq_engines.files import claimed_folder
@@ -102,7 +102,7 @@ def _train(
     settings: TrainingSettings, source: Source | None, dataset: Path | None, accelerator: Any, progress: Any
 ) -> list[str]:
     loaded, ran = _model(settings, source, accelerator, progress)
-    loaded.family.check_source(loaded)  # what could not be exported is not trained
+    loaded.family.check()  # what could not be exported is not trained
     context = TrainingContext(settings, loaded, accelerator, progress)
     with _restored_denoiser(context):
         if dataset is not None and accelerator.is_main_process:

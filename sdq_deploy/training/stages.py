@@ -8,7 +8,7 @@ from sdq_deploy.recipes.schema import Fit
 from sdq_deploy.training.calibrate import calibrate
 from sdq_deploy.training.collect import collect
 from sdq_deploy.training.context import TrainingContext
-from sdq_deploy.training.methods.base import Stage, TrainingMethod
+from sdq_deploy.training.method import Stage, TrainingMethod
 from sdq_deploy.training.precompute import precompute
 from sdq_deploy.training.save import save
 from sdq_deploy.training.sensitivity import sensitivity
@@ -43,18 +43,20 @@ def fit_values(recipe: Fit) -> dict[str, Any]:
 
 
 _COLLECT = Stage("collect", collect, _collect_inputs, everywhere=True)
-_PRECOMPUTE = Stage("precompute", lambda context, _: precompute(context), lambda _: None, ("collect",))
+_PRECOMPUTE = Stage[TrainingContext]("precompute", lambda context, _: precompute(context), lambda _: None, ("collect",))
 _CALIBRATE = Stage("calibrate", lambda context, _: calibrate(context), _calibrate_inputs, ("collect",))
-_SENSITIVITY = Stage(
+_SENSITIVITY = Stage[TrainingContext](
     "sensitivity",
     lambda context, _: sensitivity(context),
     lambda context: context.recipe.sensitivity.model_dump(mode="json"),
     ("collect", "calibrate"),
 )
-_SAVE = Stage("save", lambda context, _: save(context), lambda context: context.source_ref.model_dump(), ("fit",))
+_SAVE = Stage[TrainingContext](
+    "save", lambda context, _: save(context), lambda context: context.source_ref.model_dump(), ("fit",)
+)
 
 
-def stages_of(method: TrainingMethod) -> tuple[Stage, ...]:
+def stages_of(method: TrainingMethod[TrainingContext]) -> tuple[Stage[TrainingContext], ...]:
     """What a run by this method does, in order."""
     before = (_COLLECT, _PRECOMPUTE, _CALIBRATE, *((_SENSITIVITY,) if method.uses_sensitivity else ()))
     return (*before, method.fit, _SAVE)

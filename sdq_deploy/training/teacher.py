@@ -39,7 +39,7 @@ def make_teacher(
     """
     shared: dict[int, Any] = {id(parameter): parameter for parameter in original.parameters()}
     denoiser = StepDenoiser(copy.deepcopy(original, shared), timesteps)
-    layers = denoiser.family.quantizable_layers(denoiser.model) if half else ()
+    layers = denoiser.network.quantizable_layers(denoiser.model) if half else ()
     for layer in layers:
         _convert(denoiser.model.get_submodule(layer), half)
     denoiser = denoiser.eval().requires_grad_(False)

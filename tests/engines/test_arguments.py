@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sdq_engines import Pipeline
+from sdq_engines.arguments import as_number, as_pair, as_text, as_texts, as_whole, as_wholes
 from sdq_engines.errors import SdqError
 from sdq_engines.package.store import Package
-from sdq_engines.runtime.arguments import as_number, as_pair, as_text, as_texts, as_whole, as_wholes
 from sdq_engines.runtime.wording import negative_wordings, prompt_wordings
 
 Built = Callable[[str], Package]

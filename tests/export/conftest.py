@@ -30,7 +30,7 @@ def captured_denoiser(source: Source) -> ir.Model:
     """The captured UNet; take a clone of it."""
     family = source.family
     tokens = source.part("tokenizer").model_max_length
-    return family.capture_denoiser(source.denoiser, family.latent_shape(source), tokens)
+    return family.network.capture(source.denoiser, family.latent_shape, tokens)
 
 
 @pytest.fixture

@@ -87,13 +87,13 @@ def activation_scales(source: Source, unet: Any, spec: QuantSpec) -> dict[str, T
 
         hooks.append(unet.get_submodule(site.consumers[0]).register_forward_pre_hook(remember))
     generator = torch.Generator().manual_seed(0)
-    prompts = source.family.encode_prompts(source, ["a red circle", "two stars", "", "boats"])
-    channels, *size = source.family.latent_shape(source)
-    channels += source.family.extra_channels(unet)
+    prompts = source.family.encode_prompts(["a red circle", "two stars", "", "boats"])
+    channels, *size = source.family.latent_shape
+    channels += source.family.network.extra_channels(unet)
     with torch.no_grad():
         for timestep in (1.0, 300.0, 900.0):
             latents = torch.randn(4, channels, *size, generator=generator)
-            source.family.predict(unet, latents, torch.tensor(timestep), prompts)
+            source.family.network.predict(unet, latents, torch.tensor(timestep), prompts)
     for hook in hooks:
         hook.remove()
     return {

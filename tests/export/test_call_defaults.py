@@ -16,8 +16,8 @@ def default(pipeline: str, argument: str) -> Any:
     return inspect.signature(getattr(diffusers, pipeline).__call__).parameters[argument].default
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
-def test_defaults_are_those_of_the_pipelines(family: Family) -> None:
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_defaults_are_those_of_the_pipelines(family: type[Family]) -> None:
     stem = family.pipeline.removesuffix("Pipeline")
     assert family.call_defaults.image_strength == default(f"{stem}Img2ImgPipeline", "strength")
     assert family.call_defaults.inpaint_strength == default(f"{stem}InpaintPipeline", "strength")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from sdq_export import captures
 from sdq_export.capture import capture
 from sdq_export.captures import capture_once
-from sdq_export.components import make_text_encoder
+from sdq_export.components import make_component
 from sdq_export.skeleton import is_hollow
 from sdq_export.source import load_source
+from sdq_export.storage import Storage
 from tests.tiny import randomize_
 
 
@@ -82,10 +83,14 @@ def test_a_text_encoder_that_was_changed_in_its_folder_is_captured_again(tiny_sd
     """In the same process and at the same path: weights, and a configuration whose weights are the same."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd, folder)
-    encoder = load_source(folder).family.text_encoders[0]
+
+    def text_encoder() -> ir.Model:
+        source = load_source(folder)
+        graph, _ = make_component(source, source.family.text_encoders[0].export(), Storage("fp32"))
+        return graph
 
     def weights() -> dict[str, np.ndarray]:
-        graph, _ = make_text_encoder(load_source(folder), encoder, "fp32")
+        graph = text_encoder()
         return {name: value.const_value.numpy() for name, value in graph.graph.initializers.items()
                 if value.const_value is not None}  # fmt: skip
 
@@ -97,5 +102,5 @@ def test_a_text_encoder_that_was_changed_in_its_folder_is_captured_again(tiny_sd
     config = (folder / "text_encoder" / "config.json").read_text("utf-8")
     assert '"quick_gelu"' in config
     (folder / "text_encoder" / "config.json").write_text(config.replace('"quick_gelu"', '"gelu"'), "utf-8")
-    graph, _ = make_text_encoder(load_source(folder), encoder, "fp32")
+    graph = text_encoder()
     assert any(node.op_type in ("Gelu", "Erf") for node in graph.graph)

@@ -17,7 +17,6 @@ from sdq_engines.errors import SdqError
 from sdq_export.configs import check_types
 from sdq_export.sampler import compile_sampler
 from sdq_export.source import load_source
-from sdq_export.tokenizer import text_info
 from tests.export.test_repairs import edit
 
 Tiny = Callable[[str], Path]
@@ -53,10 +52,10 @@ def folder(copied: Path, tiny: Tiny) -> Iterator[Path]:
 def use(folder: Path) -> None:
     """All that training and export ask of a checkpoint before they begin."""
     source = load_source(folder)
-    source.family.check_source(source)
+    source.family.check()
     compile_sampler(source.scheduler, 2)
     for encoder in source.family.text_encoders:
-        text_info(source, encoder)
+        encoder.info()
     for part in source.family.parts:
         source.part(part)
 
@@ -166,9 +165,9 @@ def test_a_tokenizer_that_says_no_length_pads_to_the_encoders(folder: Path) -> N
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=...)
     source = load_source(folder)
     assert source.part("tokenizer").model_max_length > 10**20
-    assert source.family.text_encoders[0].length(source) == 16
-    assert text_info(source, source.family.text_encoders[0]).max_length == 16
-    assert source.family.encode_prompts(source, ["a red circle"]).tensors["text_embeddings"].shape[1] == 16
+    assert source.family.text_encoders[0].length == 16
+    assert source.family.text_encoders[0].info().max_length == 16
+    assert source.family.encode_prompts(["a red circle"]).tensors["text_embeddings"].shape[1] == 16
 
 
 def test_of_two_encoders_the_first_tokenizer_says_stable_diffusion_3s_length(tiny: Tiny, tmp_path: Path) -> None:
@@ -177,10 +176,10 @@ def test_of_two_encoders_the_first_tokenizer_says_stable_diffusion_3s_length(tin
         edit(folder / "tokenizer_2/tokenizer_config.json", model_max_length=12)
         source = load_source(folder)
         if kind == "sd3":
-            assert [encoder.length(source) for encoder in source.family.text_encoders] == [16, 16]
+            assert [encoder.length for encoder in source.family.text_encoders] == [16, 16]
         else:
             with pytest.raises(SdqError, match="different lengths"):
-                source.family.check_source(source)
+                source.family.check()
 
 
 def test_the_refiners_score_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
@@ -188,7 +187,7 @@ def test_the_refiners_score_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> No
     edit(folder / "model_index.json", requires_aesthetics_score=True)
     source = load_source(folder)
     with pytest.raises(SdqError, match="requires_aesthetics_score"):
-        source.family.check_source(source)
+        source.family.check()
 
 
 def test_published_configurations_are_of_the_declared_types() -> None:

@@ -44,9 +44,9 @@ def test_everything_goes_to_the_device_and_the_answer_comes_back(
     checkpoint = quantized_checkpoint(source, plan, "w8a8", keep=keep)
     timesteps = torch.from_numpy(plan.timesteps)
     reference = build_reference(copy.deepcopy(source.denoiser), checkpoint.spec, checkpoint.tensors, timesteps)
-    conditioning = source.family.encode_prompts(source, [None, "a red circle"])
-    channels = source.family.extra_channels(source.skeleton)
-    latents = torch.randn(1, *source.family.latent_shape(source))
+    conditioning = source.family.encode_prompts([None, "a red circle"])
+    channels = source.family.extra_channels
+    latents = torch.randn(1, *source.family.latent_shape)
     extra = torch.randn(1, channels, *latents.shape[2:]) if channels else None
     places: list[str] = []
     forward = type(reference).forward

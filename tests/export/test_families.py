@@ -27,7 +27,9 @@ from sdq_engines.package.layout import PROLOGUE, VAE_DECODER, VAE_ENCODER
 from sdq_engines.package.store import open_package
 from sdq_export.conditioning import POOLED_INPUT, SIZE_INPUT, TEXT_INPUT, Conditioning
 from sdq_export.engines import check_built_engine
-from sdq_export.families import family_of
+from sdq_export.families import network_of
+from sdq_export.families.sd import StableDiffusion
+from sdq_export.families.sdxl import StableDiffusionXL
 from sdq_export.sampler import make_scheduler
 from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
@@ -115,10 +117,10 @@ def test_one_prompt_one_image_without_guidance(source: Source, exported: Exporte
 def test_the_step_denoiser_is_the_original_at_mixed_steps(source: Source) -> None:
     timesteps, steps = torch.tensor([981.0, 500.0, 1.0]), torch.tensor([0, 2, 1, 1])
     denoiser = StepDenoiser(copy.deepcopy(source.denoiser), timesteps)
-    prompts = source.family.encode_prompts(source, ["a red circle", None, "", "blue"])
+    prompts = source.family.encode_prompts(["a red circle", None, "", "blue"])
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted = source.family.predict(source.denoiser, latents, timesteps[steps], prompts)
+        wanted = source.family.network.predict(source.denoiser, latents, timesteps[steps], prompts)
         found = denoiser(latents, steps, prompts)
         others = denoiser(latents, steps.flip(0), prompts)
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -128,7 +130,7 @@ def test_the_step_denoiser_is_the_original_at_mixed_steps(source: Source) -> Non
 
 def test_gradients_are_the_same_with_checkpointing(source: Source) -> None:
     """A second forward with other steps comes between forward and backward."""
-    prompts = source.family.encode_prompts(source, ["a red circle", "blue"])
+    prompts = source.family.encode_prompts(["a red circle", "blue"])
     latents, steps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
     gradients = []
     for checkpointed in (False, True):
@@ -146,7 +148,7 @@ def test_gradients_are_the_same_with_checkpointing(source: Source) -> None:
 
 def test_prologue_outputs_are_what_the_original_modules_give(source: Source, exported: Exported) -> None:
     result = exported(source, "euler")
-    prompts = source.family.encode_prompts(source, ["a red circle", None, "blue"])
+    prompts = source.family.encode_prompts(["a red circle", None, "blue"])
     wanted = _keys_and_values(source, prompts) | _time_rows(source, prompts, torch.from_numpy(result.plan.timesteps))
     session = open_session(result.package.component(PROLOGUE), threads=1)
     names = [output.name for output in session.get_outputs()]
@@ -248,7 +250,7 @@ def test_the_vae_stays_in_fp32_where_its_config_asks(sdxl: Source, exported: Exp
     assert sdxl.vae.config.force_upcast
     sdxl.vae.register_to_config(force_upcast=False)
     try:
-        assert sdxl.family.full_precision(sdxl) == ()
+        assert sdxl.family.full_precision == ()
     finally:
         sdxl.vae.register_to_config(force_upcast=True)
 
@@ -256,7 +258,7 @@ def test_the_vae_stays_in_fp32_where_its_config_asks(sdxl: Source, exported: Exp
 def test_the_sizes_angles_survive_fp16(sdxl: Source, exported: Exported, tmp_path: Path) -> None:
     """In FP16 the angle of a size of 1,999 pixels would be off by half a radian, its sinusoid by as much."""
     package = exported(sdxl, "ddim").package
-    prompts = sdxl.family.encode_prompts(sdxl, ["a red circle"]).tensors
+    prompts = sdxl.family.encode_prompts(["a red circle"]).tensors
     size = torch.tensor([[1999.0, 1777.0, 1501.0, 333.0, 1999.0, 1777.0]])
     feeds = Conditioning({**prompts, SIZE_INPUT: size}).numpy()
     path = package.component(PROLOGUE)
@@ -273,7 +275,7 @@ def test_the_sizes_angles_survive_fp16(sdxl: Source, exported: Exported, tmp_pat
 
 def test_the_time_path_computes_in_fp32_under_autocast(sdxl: Source) -> None:
     denoiser = StepDenoiser(copy.deepcopy(sdxl.denoiser), torch.tensor([981.0, 1.0]))
-    prompts = sdxl.family.encode_prompts(sdxl, ["a red circle", "blue"])
+    prompts = sdxl.family.encode_prompts(["a red circle", "blue"])
     latents, steps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
     rows: list[Tensor] = []
     block = denoiser.model.mid_block.resnets[0]
@@ -287,10 +289,10 @@ def test_the_time_path_computes_in_fp32_under_autocast(sdxl: Source) -> None:
 
 
 def test_families_know_their_denoisers() -> None:
-    assert family_of(tiny_sd2_unet()).name == "stable-diffusion"
-    assert family_of(tiny_sdxl_unet()).name == "stable-diffusion-xl"
+    assert network_of(tiny_sd2_unet()) is StableDiffusion.network
+    assert network_of(tiny_sdxl_unet()) is StableDiffusionXL.network
     with pytest.raises(SdqError, match="Linear"):
-        family_of(torch.nn.Linear(1, 1))
+        network_of(torch.nn.Linear(1, 1))
 
 
 def test_the_refiners_form_is_refused(sdxl: Source) -> None:
@@ -299,4 +301,4 @@ def test_the_refiners_form_is_refused(sdxl: Source) -> None:
     config["projection_class_embeddings_input_dim"] -= 8
     changed.skeleton = UNet2DConditionModel.from_config(config)
     with pytest.raises(SdqError, match="add_embedding"):
-        sdxl.family.check_source(changed)
+        changed.family.check()

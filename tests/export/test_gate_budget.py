@@ -98,7 +98,7 @@ def test_the_teacher_is_called_at_the_gates_steps_alone(source: Source, monkeypa
         return forward(self, latents, steps, *rest)
 
     monkeypatch.setattr(StepDenoiser, "forward", counted)
-    conditioning = source.family.encode_prompts(source, parity_prompts(("a red circle",), gate.samples))
+    conditioning = source.family.encode_prompts(parity_prompts(("a red circle",), gate.samples))
     samples = record_teacher(source, plan, GUIDANCE, conditioning, gate)
     assert calls == list(gate.steps) == [0, 6, 11]
     for step in gate.steps:  # as the scheduler scales its inputs: of about unit size at every noise level

@@ -219,9 +219,7 @@ def test_text_to_image_with_an_inpainting_package_paints_the_whole_of_a_grey_ima
     scheduler, pipeline = inpainting
     plan = plan_of(inpainting_source, scheduler, STEPS)
     denoiser = StepDenoiser(copy.deepcopy(inpainting_source.denoiser), torch.from_numpy(plan.timesteps)).eval()
-    negative, prompt = (
-        inpainting_source.family.encode_prompts(inpainting_source, [each]) for each in (None, PROMPTS[0])
-    )
+    negative, prompt = (inpainting_source.family.encode_prompts([each]) for each in (None, PROMPTS[0]))
     guided = GuidedDenoiser(denoiser, Guidance.classifier_free(GUIDANCE), prompt, negative)
     generator = torch.Generator().manual_seed(SEEDS[0])
     noise = torch.randn(1, 4, 8, 8, generator=generator)

@@ -16,7 +16,6 @@ from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import PROLOGUE
 from sdq_export.engines import check_built_engine
-from sdq_export.integer_storage import prologue_layers
 from sdq_export.sampler import compile_sampler
 from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
@@ -38,7 +37,7 @@ def source_on_the_grid(folder: Path, family: str) -> tuple[Source, list[str]]:
     source = load_source(WRITERS[family](folder))
     model: Any = source.denoiser
     plan = compile_sampler(source.scheduler, STEPS)
-    layers = prologue_layers(StepDenoiser(load_source(folder).denoiser, torch.from_numpy(plan.timesteps)))
+    layers = StepDenoiser(load_source(folder).denoiser, torch.from_numpy(plan.timesteps)).prologue_layers
     random = np.random.default_rng(3)
     for layer in layers:
         weight = model.get_submodule(layer).weight

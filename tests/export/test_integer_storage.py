@@ -19,16 +19,16 @@ from sdq_engines.backends.registry import backend
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.package.schema import Manifest
-from sdq_export.components import make_text_encoder, make_vae_decoder, make_vae_encoder
+from sdq_export.components import make_component
 from sdq_export.families.vae import VaeEncoder
 from sdq_export.integer_storage import as_integers, component_layers, round_to_integers_
 from sdq_export.parity import ParityReport
-from sdq_export.parity.components import check_text_encoder, check_vae_decoder
-from sdq_export.parity.rounded import rounded_text_encoder, rounded_vae_decoder, rounded_vae_encoder
+from sdq_export.parity.components import check_component, component_outputs
+from sdq_export.parity.rounded import check_rounding
 from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
-from sdq_export.storage import IntegerDtype
+from sdq_export.storage import IntegerDtype, Storage
 from sdq_export.writer import ExportResult, export_package
 from tests.export.conftest import plan_of
 from tests.images import psnr
@@ -130,9 +130,10 @@ def shapes() -> Source:
 )
 def test_a_trained_text_encoder(shapes: Source, dtype: IntegerDtype, share: float, least: float, most: float) -> None:
     (encoder,) = shapes.family.text_encoders
-    graph, module = make_text_encoder(shapes, encoder, "fp16", dtype)
-    assert check_text_encoder(graph, module, shapes, encoder, PARITY_PROMPTS).passed
-    criterion = rounded_text_encoder(module, shapes, encoder, PARITY_PROMPTS, dtype)
+    export, tokens = encoder.export(), encoder.token_ids(["", *PARITY_PROMPTS])
+    graph, module = make_component(shapes, export, Storage(text_encoder=dtype))
+    assert check_component(graph, export, tokens, component_outputs(module, tokens)).passed
+    criterion = check_rounding(shapes, export, module, tokens, dtype)
     assert least < criterion.worst < most
     assert criterion.passed == (dtype == "int8")
     assert float_weights(graph) == []
@@ -143,16 +144,17 @@ def test_a_trained_text_encoder(shapes: Source, dtype: IntegerDtype, share: floa
 
 
 def test_a_trained_vae(shapes: Source) -> None:
-    latents = torch.randn(1, *shapes.family.latent_shape(shapes), generator=torch.Generator().manual_seed(0))
-    graph, module = make_vae_decoder(shapes, "fp16", integers="int8")
-    _, encoder = make_vae_encoder(shapes, "fp16", integers="int8")
-    assert check_vae_decoder(graph, module, latents).passed
+    latents = torch.randn(1, *shapes.family.latent_shape, generator=torch.Generator().manual_seed(0))
+    decoding, encoding = shapes.family.vae_decoder(), shapes.family.vae_encoder()
+    graph, module = make_component(shapes, decoding, Storage(vae="int8"))
+    _, encoder = make_component(shapes, encoding, Storage(vae="int8"))
+    assert check_component(graph, decoding, latents, component_outputs(module, latents)).passed
     assert float_weights(graph) == []
     decoder = nn.ModuleList([shapes.vae.decoder, shapes.vae.post_quant_conv])
     assert weight_bytes(graph) < 0.52 * fp16_bytes(decoder)
     for criterion in (
-        rounded_vae_decoder(module, shapes, latents, "int8"),
-        rounded_vae_encoder(encoder, shapes, latents, "int8"),
+        check_rounding(shapes, decoding, module, latents, "int8"),
+        check_rounding(shapes, encoding, encoder, latents, "int8"),
     ):
         assert criterion.passed
         assert 50 < criterion.details["psnr"] < 70
@@ -220,7 +222,7 @@ def test_what_costs_too_much_is_refused(source: Source, tmp_path: Path) -> None:
     vae = nn.ModuleDict({"vae": copy.deepcopy(source.vae)})
     round_to_integers_(vae, [f"vae.{layer}" for layer in component_layers(source.vae)], "int8")
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    criterion = rounded_vae_encoder(VaeEncoder(vae["vae"]), source, latents, "int8")
+    criterion = check_rounding(source, source.family.vae_encoder(), VaeEncoder(vae["vae"]), latents, "int8")
     with pytest.raises(SdqError, match="image by the vae encoder's INT8 weights") as raised:
         ParityReport(criteria=(criterion,)).require()
     assert "leave --vae out" in (raised.value.hint or "")
@@ -234,5 +236,6 @@ def test_a_text_encoder_of_int4_numbers_loses_nothing(source: Source) -> None:
     round_to_integers_(part, component_layers(part), "int4")
     again = copy.deepcopy(part)
     round_to_integers_(again, component_layers(again), "int4")
-    assert rounded_text_encoder(encoder.wrap(again), trained, encoder, PARITY_PROMPTS, "int4").worst == 0
-    assert rounded_text_encoder(encoder.wrap(again), source, encoder, PARITY_PROMPTS, "int4").worst > 0.03
+    export, tokens = encoder.export(), encoder.token_ids(["", *PARITY_PROMPTS])
+    assert check_rounding(trained, export, export.module(again), tokens, "int4").worst == 0
+    assert check_rounding(source, export, export.module(again), tokens, "int4").worst > 0.03

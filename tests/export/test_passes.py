@@ -21,8 +21,8 @@ from sdq_engines.lowering.save import save_graph
 from sdq_export.checkpoint import scale_key
 from sdq_export.conditioning import TEXT_INPUT
 from sdq_export.denoiser import DenoiserGraphs, build_denoiser, run_passes
-from sdq_export.families import family_of
-from sdq_export.families.base import GraphCuts
+from sdq_export.families import network_of
+from sdq_export.families.network import GraphCuts
 from sdq_export.graph import layers_of, module_of
 from sdq_export.parity.graphs import identity_row, step_feeds
 from sdq_export.passes.name_nodes import NameNodes
@@ -41,8 +41,8 @@ SAMPLES = 3
 
 
 def cuts_of(denoiser: Any, plan: SamplerPlan) -> GraphCuts:
-    family = family_of(denoiser)
-    return family.cuts(family.time_tables(denoiser, torch.from_numpy(plan.timesteps)))
+    network = network_of(denoiser)
+    return network.cuts(network.time_tables(denoiser, torch.from_numpy(plan.timesteps)))
 
 
 def build(source: Source, captured: ir.Model, plan: SamplerPlan, checkpoint: Any = None) -> DenoiserGraphs:
@@ -291,7 +291,7 @@ def test_stable_diffusion_2s_forms(tmp_path: Path) -> None:
     ).eval()
     config = {"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "v_prediction"}
     plan = compile_sampler(make_scheduler(None, config), 4)
-    captured = family_of(unet).capture_denoiser(unet, SHAPE, 16)
+    captured = network_of(unet).capture(unet, SHAPE, 16)
     graphs = Graphs(build_denoiser(captured, cuts_of(unet, plan), plan, SHAPE), plan, tmp_path)
     teacher = StepDenoiser(copy.deepcopy(unet), torch.from_numpy(plan.timesteps))
     for step in range(plan.calls):

@@ -194,7 +194,7 @@ def test_conditioning_equals_diffusers_encode_prompt(
         pipe.load_textual_inversion({NAME: vectors(SECOND_WIDTH)}, token=NAME, **second)
     source = load_source(tiny(name)).with_text(TextSettings(clip_skip=skip), [parse_embedding(f"{NAME}={files[name]}")])
     prompts = ["a red circle", f"blue {NAME}, {NAME} red", "word " * 40]
-    found = source.family.encode_prompts(source, [*prompts, None]).tensors
+    found = source.family.encode_prompts([*prompts, None]).tensors
     with torch.no_grad():
         wanted = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
                                     clip_skip=skip or None)  # fmt: skip
@@ -205,7 +205,7 @@ def test_conditioning_equals_diffusers_encode_prompt(
             found["pooled_embeddings"], torch.cat([wanted[2], wanted[3][:1]]), atol=1e-5, rtol=1e-5
         )
     plain = load_source(tiny(name)).with_text(TextSettings(clip_skip=1 - skip))
-    other = plain.family.encode_prompts(plain, prompts[:1]).tensors["text_embeddings"]
+    other = plain.family.encode_prompts(prompts[:1]).tensors["text_embeddings"]
     assert (other - texts[:1]).abs().max() > 1e-2
 
 
@@ -216,7 +216,7 @@ def test_stable_diffusion_3_skips_layers_and_takes_chunks(tiny: Callable[[str], 
         whole, _, pooled, _ = pipe.encode_prompt("red", None, None, device="cpu", clip_skip=1)
         second, _, _, _ = pipe.encode_prompt("circle", None, None, device="cpu", clip_skip=1)
         t5 = pipe.encode_prompt("red circle", None, None, device="cpu")[0][:, MAX_LENGTH:]
-    found = source.family.encode_prompts(source, ["red BREAK circle"]).tensors
+    found = source.family.encode_prompts(["red BREAK circle"]).tensors
     clip = torch.cat([whole[:, :MAX_LENGTH], second[:, :MAX_LENGTH]], dim=1)[..., : found["text_embeddings"].shape[-1]]
     torch.testing.assert_close(found["text_embeddings"], clip, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found["pooled_embeddings"], pooled, atol=1e-5, rtol=1e-5)
@@ -227,7 +227,7 @@ def test_what_cannot_be_is_one_sentence(tiny: Callable[[str], Path], files: dict
     source = load_source(tiny("sd"))
     too_many = source.with_text(TextSettings(clip_skip=2))
     with pytest.raises(SdqError, match=r"clip_skip is 2, and the text_encoder of .* has 2 layers"):
-        too_many.family.encode_prompts(too_many, ["a"])
+        too_many.family.encode_prompts(["a"])
     for chunks, skip, message in ((0, None, "1 to 16, not 0"), (17, None, "not 17"), (None, -1, "0 or more layers")):
         with pytest.raises(SdqError, match=message):
             text_settings(None, chunks, skip)

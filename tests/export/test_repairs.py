@@ -127,7 +127,7 @@ def test_the_sample_size_of_the_oldest_unets(version: str, size: int, tiny: Tiny
     edit(folder / "unet/config.json", _diffusers_version=version)
     source = load_source(folder)
     assert of_diffusers(folder).unet.config.sample_size == size
-    assert source.family.latent_shape(source) == (4, size, size)
+    assert source.family.latent_shape == (4, size, size)
     assert source.denoiser.config.sample_size == size
 
 

@@ -20,14 +20,14 @@ NAMES = ["ddim", "pndm", "euler", "euler-ancestral", "dpmpp-2m", "lcm"]
 def ours(source: Source, plan: SamplerPlan, **options: Any) -> Tensor:
     """The compiled sampler around the UNet itself; starting noise and fresh noise from one generator, as diffusers."""
     generator = torch.Generator().manual_seed(7)
-    embeddings = source.family.encode_prompts(source, ["", PROMPT]).tensors[TEXT_INPUT]
+    embeddings = source.family.encode_prompts(["", PROMPT]).tensors[TEXT_INPUT]
 
     def predict(sample: Tensor, step: int) -> Tensor:
         timestep = torch.tensor(plan.timesteps[step])
         uncond, cond = source.denoiser(torch.cat([sample] * 2), timestep, embeddings, return_dict=False)[0].chunk(2)
         return uncond + GUIDANCE * (cond - uncond)
 
-    noise = torch.randn(1, *source.family.latent_shape(source), generator=generator)
+    noise = torch.randn(1, *source.family.latent_shape, generator=generator)
     with torch.no_grad():
         return run_sampler(plan, predict, noise, generator=generator, **options)
 
@@ -52,7 +52,7 @@ def test_text_to_image_latents(source: Source, name: str) -> None:
 @pytest.mark.parametrize("name", ["ddim", "pndm", "dpmpp-2m", "euler"])
 def test_image_to_image_latents(source: Source, name: str) -> None:
     scheduler = make_scheduler(name, source.scheduler.config)
-    clean = torch.randn(1, *source.family.latent_shape(source), generator=torch.Generator().manual_seed(9))
+    clean = torch.randn(1, *source.family.latent_shape, generator=torch.Generator().manual_seed(9))
     wanted = source.pipeline(scheduler, "StableDiffusionImg2ImgPipeline")(
         PROMPT,
         image=clean,

@@ -70,7 +70,7 @@ def plan(source: Source) -> SamplerPlan:
 
 @pytest.fixture(scope="module")
 def captured_once(source: Source) -> ir.Model:
-    return source.family.capture_denoiser(source.denoiser, source.family.latent_shape(source), 16)
+    return source.family.network.capture(source.denoiser, source.family.latent_shape, 16)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def captured(captured_once: ir.Model) -> ir.Model:
 
 def inputs(source: Source, batch: int = 2) -> tuple[Tensor, Conditioning]:
     latents = torch.randn(batch, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    return latents, source.family.encode_prompts(source, PROMPTS[:batch])
+    return latents, source.family.encode_prompts(PROMPTS[:batch])
 
 
 def embeddings_of_diffusers(source: Source) -> tuple[Tensor, Tensor]:
@@ -119,8 +119,8 @@ def test_what_is_precomputed_is_neither_trained_nor_quantized(source: Source, pl
     denoiser = StepDenoiser(copy.deepcopy(source.denoiser), torch.from_numpy(plan.timesteps))
     fixed = ("time_text_embed", "context_embedder", "norm1.linear", "norm1_context.linear", "norm_out.linear")
     assert not [name for name, _ in denoiser.named_parameters() if any(part in name for part in fixed)]
-    layers = set(source.family.quantizable_layers(source.denoiser))
-    assert layers == set(source.family.quantizable_layers(denoiser.model))
+    layers = set(source.family.network.quantizable_layers(source.denoiser))
+    assert layers == set(source.family.network.quantizable_layers(denoiser.model))
     blocks = [f"transformer_blocks.{index}" for index in range(3)]
     wanted = {f"{block}.attn.{part}" for block in blocks for part in ("to_q", "to_k", "to_v", "to_out.0")}
     wanted |= {f"{block}.attn.add_{part}_proj" for block in blocks for part in "qkv"}
@@ -171,7 +171,7 @@ def test_the_float_graph_is_torchs_step_denoiser(source: Source, plan: SamplerPl
     graphs = float_graphs(source, plan, captured)
     latents, prompts = inputs(source)
     reference = StepDenoiser(copy.deepcopy(source.denoiser), torch.from_numpy(plan.timesteps))
-    both = Conditioning.cat([source.family.encode_prompts(source, ["", "blue"]), prompts])
+    both = Conditioning.cat([source.family.encode_prompts(["", "blue"]), prompts])
     runner = GraphRunner(graphs.denoiser, graphs.prologue, plan, both)
     for step in range(STEPS):
         with torch.no_grad():
@@ -189,7 +189,7 @@ def test_the_blocks_of_stable_diffusion_3_5(source: Source, plan: SamplerPlan, t
     spec = find_sites(model, STEPS, "w8a8", keep=KEEP)
     second = spec.activation_of["transformer_blocks.0.attn2.to_k"]
     assert second.consumers == tuple(f"transformer_blocks.0.attn2.{part}" for part in ("to_q", "to_k", "to_v"))
-    captured = source.family.capture_denoiser(model, source.family.latent_shape(source), 16)
+    captured = source.family.network.capture(model, source.family.latent_shape, 16)
     graphs = float_graphs(changed, plan, captured)
     rows = {value.name: value.shape for value in graphs.prologue.graph.outputs}
     assert rows["transformer_blocks.0.norm1.modulation"] == ir.Shape(["batch", STEPS, 9 * 32])
@@ -216,9 +216,9 @@ def test_nothing_of_the_time_path_is_left(source: Source, plan: SamplerPlan, cap
 
 
 def float_graphs(source: Source, plan: SamplerPlan, captured: ir.Model) -> Any:
-    tables = source.family.time_tables(source.denoiser, torch.from_numpy(plan.timesteps))
-    shape = source.family.latent_shape(source)
-    return build_denoiser(captured, source.family.cuts(tables), plan, shape, store_fp16=False)
+    tables = source.family.network.time_tables(source.denoiser, torch.from_numpy(plan.timesteps))
+    shape = source.family.latent_shape
+    return build_denoiser(captured, source.family.network.cuts(tables), plan, shape, store_fp16=False)
 
 
 def test_of_the_position_table_only_the_crop_is_stored(plan: SamplerPlan, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 from sdq_deploy.adapters.original_names import unet_name
 from sdq_deploy.models import open_model
 from sdq_engines.errors import SdqError
-from sdq_export.conversion import configuration, convert_file
+from sdq_export.conversion import configuration, convert_file, family_of_file
 from sdq_export.provenance import source_info
 from sdq_export.published import published
-from sdq_export.single_file import FromFile, family_of_file, read_header
+from sdq_export.single_file import FromFile, read_header
 from sdq_export.source import Source, load_source
 from tests.single_files import original_state, part_state, vae_state, write_file
 
@@ -73,7 +73,7 @@ def test_is_what_diffusers_makes_of_the_file(files: Files, kind: str, tmp_path: 
         assert_same(source.part(part).state_dict(), getattr(expected, part).state_dict())
     assert type(source.scheduler) is type(expected.scheduler)
     assert source.scheduler.config.items() >= {"num_train_timesteps": 1000}.items()
-    assert family_of_file(path, FromFile(config=config)) is source.family
+    assert family_of_file(path, FromFile(config=config)) is source.kind_of_family
 
 
 def test_halves_stay_halves_and_the_licence_is_unknown(tiny_sd: Path, files: Files, tmp_path: Path) -> None:

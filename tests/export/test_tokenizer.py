@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from sdq_engines.package.schema import TextInfo
 from sdq_engines.runtime.text import PromptTokenizer, load_tokenizer
 from sdq_export.source import Source, load_source
-from sdq_export.tokenizer import text_info, tokenizer_json
+from sdq_export.tokenizer import tokenizer_json
 
 CAPTIONS = [
     "",
@@ -62,7 +62,7 @@ def test_ids_are_clip_tokenizers(source: Source, packaged: Tokenizer) -> None:
 
 
 def test_every_encoding_has_the_models_length(source: Source, packaged: Tokenizer) -> None:
-    info = text_info(source, source.family.text_encoders[0])
+    info = source.family.text_encoders[0].info()
     for caption in CAPTIONS:
         ids = packaged.encode(caption).ids
         assert len(ids) == info.max_length
@@ -88,7 +88,7 @@ def test_a_textual_inversion_of_several_vectors_is_written_out(
     source = copy.copy(source)
     source._parts = {**source._parts, "tokenizer": tokenizer}
     first = source.family.text_encoders[0]
-    info = text_info(source, first)
+    info = first.info()
     assert info.written_out == ({} if kind == "sd3" else {"<dog>": "<dog> <dog>_1 <dog>_2 <dog>_3"})
     file = tmp_path / "tokenizer.json"
     file.write_text(tokenizer_json(tokenizer, first.length(source)), "utf-8")

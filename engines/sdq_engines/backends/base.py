@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from sdq_engines.arguments import as_whole
 from sdq_engines.errors import SdqError
-from sdq_engines.runtime.arguments import as_whole
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -21,7 +21,7 @@ import numpy as np
 from sdq_engines.backends.base import Arrays, Availability, BuildJob, BuildResult, require_working, threads_of
 from sdq_engines.backends.stepping import HostStepper
 from sdq_engines.errors import SdqError
-from sdq_engines.package.held import PackageChangedError, files_of, hold
+from sdq_engines.package.held import PackageChangedError, hold
 from sdq_engines.package.layout import DENOISER
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class OnnxRuntimeSession:
         self.providers, self.threads = providers, threads
         first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         self.device = _DEVICES.get(first, "cpu")
-        self._files = hold(package.folder, files_of(package, entry))
+        self._files = hold(package.folder, package.files_of(entry))
         self._components: dict[str, OnnxRuntimeComponent] = {}
         self._opening = threading.Lock()
 

@@ -31,7 +31,7 @@ from sdq_engines.backends.base import (
 from sdq_engines.backends.profiles import extents, fixed_size, input_dims
 from sdq_engines.errors import SdqError
 from sdq_engines.memory import give_back_memory
-from sdq_engines.package.held import files_of, hold
+from sdq_engines.package.held import hold
 from sdq_engines.package.layout import DENOISER, VAE_DECODER
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ class OpenVinoSession:
         self.package, self.entry = package, entry
         self._core = ov.Core()
         self._properties = {**PROPERTIES, **({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})}
-        self._files = hold(package.folder, files_of(package, entry))
+        self._files = hold(package.folder, package.files_of(entry))
         self._components: dict[str, OpenVinoComponent] = {}
         self._blobs: list[np.ndarray] = []
         """What the compiled graphs read their weights from."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,7 @@ from sdq_engines.errors import SdqError
 from sdq_engines.locks import MANIFEST_LOCK, is_held
 from sdq_engines.package.layout import ENGINES, MANIFEST
 
-__all__ = ["HeldFile", "PackageChangedError", "files_of", "hold", "while_unchanged"]
-
-if TYPE_CHECKING:
-    from sdq_engines.package.schema import EngineEntry
-    from sdq_engines.package.store import Package
+__all__ = ["HeldFile", "PackageChangedError", "hold", "while_unchanged"]
 
 T = TypeVar("T")
 
@@ -74,12 +70,6 @@ class HeldFile:
             return os.path.samestat(os.fstat(self._handle.fileno()), self.path.stat())
         except OSError:
             return False
-
-
-def files_of(package: Package, entry: EngineEntry) -> list[str]:
-    """What an engine loads, weights beside a graph included."""
-    named = list(entry.components.values())
-    return [*named, *(f"{name}.data" for name in named if f"{name}.data" in package.manifest.files)]
 
 
 def hold(root: Path, relatives: Iterable[str]) -> dict[str, HeldFile]:

@@ -8,13 +8,10 @@ is refused, listed or not: a graph could name it as its external data.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sdq_engines.errors import SdqError
-
-if TYPE_CHECKING:
-    from sdq_engines.package.store import Package
 
 __all__ = ["check_link", "check_links", "require_plain_weights"]
 
@@ -45,14 +42,18 @@ def check_link(root: Path, path: Path) -> None:
         )
 
 
-def require_plain_weights(package: Package) -> None:
+def require_plain_weights(root: Path, graphs: Iterable[str]) -> None:
     """Parsers of ONNX follow no link to weights beside a graph, which a graph of more than 1 GiB has.
+
+    Args:
+        root: the package's folder.
+        graphs: names of its components' files.
 
     Raises:
         SdqError: the package is in a hub cache and has such a graph.
     """
-    for relative in package.manifest.components.values():
-        if package.path(f"{relative}.data").is_symlink():
+    for relative in graphs:
+        if root.joinpath(*f"{relative}.data".split("/")).is_symlink():
             raise SdqError(f"Engines are built from plain files, and {relative}.data is a link.", _PLAIN)
 
 

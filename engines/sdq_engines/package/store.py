@@ -57,6 +57,11 @@ class Package:
             )
         return entry
 
+    def files_of(self, entry: EngineEntry) -> list[str]:
+        """What an engine loads, weights beside a graph included."""
+        named = list(entry.components.values())
+        return [*named, *(f"{name}.data" for name in named if f"{name}.data" in self.manifest.files)]
+
 
 def open_package(folder: str | Path, verify: Verify = "full", on_bytes: Callable[[int], None] | None = None) -> Package:
     """Check a package and return it.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdq_engines.arguments import as_choice, as_whole
 from sdq_engines.backends.base import Arrays, Session, check_load_options
 from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
 from sdq_engines.errors import SdqError
@@ -24,7 +25,6 @@ from sdq_engines.package.held import while_unchanged
 from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER
 from sdq_engines.package.schema import Size
 from sdq_engines.package.store import Package, Verify, open_package
-from sdq_engines.runtime.arguments import as_choice, as_whole
 from sdq_engines.runtime.beginning import (
     Beginning,
     begin_from_noise,

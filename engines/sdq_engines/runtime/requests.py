@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdq_engines.arguments import as_number, as_pair, as_text, as_whole, as_wholes
 from sdq_engines.errors import SdqError
 from sdq_engines.guidance import Guidance, Text
 from sdq_engines.package.schema import Manifest, Size
-from sdq_engines.runtime.arguments import as_number, as_pair, as_text, as_whole, as_wholes
 from sdq_engines.runtime.prompts import ImageSize
 from sdq_engines.runtime.wording import Wording
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdq_engines.arguments import as_texts
 from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import TEXT_ENCODER
-from sdq_engines.runtime.arguments import as_texts
 
 __all__ = ["Wording", "negative_wordings", "prompt_wordings"]
 

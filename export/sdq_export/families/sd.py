@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 import torch
@@ -12,73 +12,22 @@ from torch import Tensor, nn
 from sdq_engines.errors import SdqError
 from sdq_engines.package.schema import CallDefaults
 from sdq_export.conditioning import TEXT_INPUT, Conditioning
-from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import LastHiddenState, check_text_encoders
-from sdq_export.families.time_path import NoTimeProjection, StepRow
-from sdq_export.families.unet import (
-    BLOCKS,
-    capture_unet,
-    check_conditions,
-    is_unet,
-    quantizable_layers,
-    unet_latent_multiple,
-    unet_latent_shape,
-)
-from sdq_export.families.vae import check_vae
-from sdq_export.inpainting import extra_channels
+from sdq_export.families.base import Family
+from sdq_export.families.checks import check_text_encoders, check_vae
+from sdq_export.families.encoder import EncoderSpec
+from sdq_export.families.network import GraphCuts
+from sdq_export.families.text import LastHiddenState
+from sdq_export.families.unet import UNet, capture_unet, check_conditions, is_unet
 from sdq_export.passes.prologue import CutPrologue, KeepPrologue
 from sdq_export.passes.time_tables import TimeTables
 from sdq_export.step_state import StepState
-
-if TYPE_CHECKING:
-    from sdq_export.source import Source
+from sdq_export.time_path import NoTimeProjection, StepRow
 
 __all__ = ["StableDiffusion"]
 
 
-class StableDiffusion(Family):
-    """Stable Diffusion 1.x, 2.x, and models of their form."""
-
-    name = "stable-diffusion"
-    pipeline = "StableDiffusionPipeline"
-    inpainting_pipeline = "StableDiffusionInpaintPipeline"
-    denoiser = "unet"
-    parts: ClassVar = {
-        "unet": "diffusers.UNet2DConditionModel",
-        "vae": "diffusers.AutoencoderKL",
-        "text_encoder": "transformers.CLIPTextModel",
-        "tokenizer": "transformers.CLIPTokenizer",
-    }
-    text_encoders = (TextEncoder("text_encoder", "tokenizer", (TEXT_INPUT,), LastHiddenState),)
-    recipe = "sd"
-    default_steps, default_guidance = 50, 7.5
-    call_defaults = CallDefaults(image_strength=0.8, inpaint_strength=1.0)
-    blocks = BLOCKS
-
-    def check_source(self, source: Source) -> None:
-        check_conditions(source.skeleton)
-        check_text_encoders(source, source.skeleton.config.cross_attention_dim)
-        if getattr(source.part("text_encoder").config, "use_attention_mask", None):
-            raise SdqError(
-                "The text encoder's use_attention_mask=True is not supported: packages encode padded prompts."
-            )
-        check_vae(source)
-        if source.vae.config.get("shift_factor") is not None:
-            raise SdqError(
-                "The VAE's shift_factor is not supported; Stable Diffusion 1 and 2 have a scaling_factor alone."
-            )
-
-    def latent_shape(self, source: Source) -> tuple[int, int, int]:
-        return unet_latent_shape(source)
-
-    def extra_channels(self, denoiser: nn.Module) -> int:
-        return extra_channels(denoiser)
-
-    def latent_multiple(self, denoiser: nn.Module) -> int:
-        return unet_latent_multiple(denoiser)
-
-    def pipeline_options(self, source: Source) -> dict[str, Any]:
-        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+class _UNet(UNet):
+    """A UNet whose ResNet blocks add a row that depends on the timestep alone."""
 
     def owns(self, denoiser: nn.Module) -> bool:
         config: Any = denoiser.config if is_unet(denoiser) else None
@@ -109,10 +58,7 @@ class StableDiffusion(Family):
         model: Any = denoiser
         model.time_proj, model.time_embedding, model.time_embed_act = NoTimeProjection(), _NoTimeEmbedding(), None
 
-    def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
-        return quantizable_layers(denoiser)
-
-    def capture_denoiser(
+    def capture(
         self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int, multiple: int = 0
     ) -> ir.Model:
         config: Any = denoiser.config
@@ -127,3 +73,41 @@ class StableDiffusion(Family):
 class _NoTimeEmbedding(nn.Module):
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         return sample
+
+
+class StableDiffusion(Family):
+    """Stable Diffusion 1.x, 2.x, and models of their form."""
+
+    name = "stable-diffusion"
+    pipeline = "StableDiffusionPipeline"
+    inpainting_pipeline = "StableDiffusionInpaintPipeline"
+    denoiser = "unet"
+    network = _UNet()
+    parts: ClassVar = {
+        "unet": "diffusers.UNet2DConditionModel",
+        "vae": "diffusers.AutoencoderKL",
+        "text_encoder": "transformers.CLIPTextModel",
+        "tokenizer": "transformers.CLIPTokenizer",
+    }
+    encoders = (EncoderSpec("text_encoder", "tokenizer", (TEXT_INPUT,), LastHiddenState),)
+    recipe = "sd"
+    default_steps, default_guidance = 50, 7.5
+    call_defaults = CallDefaults(image_strength=0.8, inpaint_strength=1.0)
+
+    def check(self) -> None:
+        checkpoint = self.checkpoint
+        check_conditions(checkpoint.skeleton)
+        check_text_encoders(self, checkpoint.skeleton.config.cross_attention_dim)
+        if getattr(checkpoint.part("text_encoder").config, "use_attention_mask", None):
+            raise SdqError(
+                "The text encoder's use_attention_mask=True is not supported: packages encode padded prompts."
+            )
+        check_vae(self)
+        if checkpoint.vae.config.get("shift_factor") is not None:
+            raise SdqError(
+                "The VAE's shift_factor is not supported; Stable Diffusion 1 and 2 have a scaling_factor alone."
+            )
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

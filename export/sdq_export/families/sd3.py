@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import onnx_ir as ir
-import torch
-from torch import Tensor, nn
+from typing import Any, ClassVar
 
 from sdq_engines.errors import SdqError
 from sdq_engines.package.schema import CallDefaults
-from sdq_export.capture import FreeSize, capture
-from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
-from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import LastHiddenState, PenultimateAndPooled, check_text_encoders
-from sdq_export.families.time_path import FrozenLinear, freeze_linears_
-from sdq_export.families.vae import check_vae
-from sdq_export.passes.modulation import CutModulation, KeepModulation
-from sdq_export.sizes import HEIGHT, WIDTH, different
-from sdq_export.step_state import StepState
+from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT
+from sdq_export.families.base import Family
+from sdq_export.families.checks import check_text_encoders, check_vae
+from sdq_export.families.encoder import EncoderSpec
+from sdq_export.families.mmdit import T5_INPUT, T5_TOKENS, MMDiT
+from sdq_export.families.text import LastHiddenState, PenultimateAndPooled
 
-if TYPE_CHECKING:
-    from sdq_export.source import Source
-
-__all__ = ["T5_INPUT", "T5_TOKENS", "StableDiffusion3", "StableDiffusion3WithT5"]
-
-T5_INPUT = "t5_embeddings"
-"""The conditioning tensor [n, 256, D] of the third text encoder."""
-
-T5_TOKENS = 256
-"""Tokens of the T5 part of the text, diffusers' default `max_sequence_length`; zeros where there is no T5."""
-
-_TIME = "time_text_embed"
-_CONTEXT = "context_embedder"
-_QUERY_KEY_VALUE = {"to_q": "input", "to_k": "input", "to_v": "input"} | dict.fromkeys(
-    ("add_q_proj", "add_k_proj", "add_v_proj"), "context"
-)
-
+__all__ = ["StableDiffusion3", "StableDiffusion3WithT5"]
 
 _CLIPS = tuple(
-    TextEncoder(
+    EncoderSpec(
         f"text_encoder{suffix}",
         f"tokenizer{suffix}",
         (TEXT_INPUT, POOLED_INPUT),
@@ -59,6 +35,7 @@ class StableDiffusion3(Family):
     name = "stable-diffusion-3"
     pipeline = "StableDiffusion3Pipeline"
     denoiser = "transformer"
+    network = MMDiT()
     parts: ClassVar = {
         "transformer": "diffusers.SD3Transformer2DModel",
         "vae": "diffusers.AutoencoderKL",
@@ -67,19 +44,19 @@ class StableDiffusion3(Family):
         "text_encoder_2": "transformers.CLIPTextModelWithProjection",
         "tokenizer_2": "transformers.CLIPTokenizer",
     }
-    text_encoders = _CLIPS
+    encoders = _CLIPS
     recipe = "sd3"
     default_steps, default_guidance = 28, 7.0
     call_defaults = CallDefaults(image_strength=0.6, inpaint_strength=0.6)
-    blocks = ("JointTransformerBlock",)
 
-    def fits(self, folder: Path, index: Mapping[str, Any]) -> bool:
+    @classmethod
+    def fits(cls, folder: Path, index: Mapping[str, Any]) -> bool:
         return super().fits(folder, index) and not _has_t5(folder, index)
 
-    def check_source(self, source: Source) -> None:
-        config = source.skeleton.config
-        check_text_encoders(source, config.pooled_projection_dim)
-        check_vae(source)
+    def check(self) -> None:
+        config = self.checkpoint.skeleton.config
+        check_text_encoders(self, config.pooled_projection_dim)
+        check_vae(self)
         if config.pos_embed_max_size is None:
             raise SdqError(
                 "The denoiser's pos_embed_max_size=None is not supported; Stable Diffusion 3 crops from one."
@@ -91,193 +68,39 @@ class StableDiffusion3(Family):
                 "inpainting variants of Stable Diffusion 3 are not supported."
             )
 
-    def latent_multiple(self, denoiser: nn.Module) -> int:
-        config: Any = denoiser.config
-        return int(config.patch_size)
-
-    def latent_limit(self, denoiser: nn.Module) -> int:
-        """What the position table has rows for; smaller latents take its middle."""
-        config: Any = denoiser.config
-        return int(config.pos_embed_max_size * config.patch_size)
-
-    def latent_shape(self, source: Source) -> tuple[int, int, int]:
-        config = source.skeleton.config
-        height, width = self.latent_size(source)
-        return int(config.in_channels), height, width
-
-    def pipeline_options(self, source: Source) -> dict[str, Any]:
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
         return {"text_encoder_3": None, "tokenizer_3": None}
-
-    def owns(self, denoiser: nn.Module) -> bool:
-        from diffusers import SD3Transformer2DModel
-
-        return isinstance(denoiser, SD3Transformer2DModel)
-
-    def predict(self, denoiser: nn.Module, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return _call(denoiser, denoiser.config, latents, timesteps, **conditioning.tensors)
-
-    @torch.no_grad()
-    def time_tables(self, denoiser: nn.Module, timesteps: Tensor) -> dict[str, Tensor]:
-        """The embedded timestep, f32 [T, C]; what the pooled text adds to it is the prompt's."""
-        embed: Any = denoiser.get_submodule(_TIME)
-        with torch.autocast(device_type=timesteps.device.type, enabled=False):
-            return {_TIME: embed.timestep_embedder(embed.time_proj(timesteps).float()).float()}
-
-    def use_tables(self, denoiser: nn.Module, tables: Mapping[str, Tensor], state: StepState) -> None:
-        model: Any = denoiser
-        model.time_text_embed = _StepAndText(tables[_TIME], model.time_text_embed.text_embedder, state)
-        model.context_embedder = FrozenLinear(model.context_embedder)
-        for norm in _adaptive_norms(denoiser).values():
-            norm.linear = FrozenLinear(norm.linear)
-
-    def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
-        modulations = {f"{path}.linear" for path in _adaptive_norms(denoiser)}
-        return {
-            layer: _input_tensor(layer)
-            for layer, module in denoiser.named_modules()
-            if isinstance(module, nn.Conv2d | nn.Linear)
-            and layer not in modulations
-            and layer.split(".")[0] not in (_TIME, _CONTEXT)
-        }
-
-    def capture_denoiser(
-        self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int, multiple: int = 0
-    ) -> ir.Model:
-        texts, limit = self._examples(denoiser, tokens), self.latent_limit(denoiser)
-        channels, *size = latent_shape
-        sample = torch.randn(2, channels, *different(size, multiple, limit))
-        inputs = {"sample": sample, "timestep": torch.ones(1), **texts}
-        return capture(
-            _by_our_names(denoiser),
-            inputs,
-            batched=["sample", *texts],
-            outputs=["model_output"],
-            batch="2*batch",
-            sized=FreeSize("sample", multiple, (HEIGHT, WIDTH), limit) if multiple else None,
-        )
-
-    def cuts(self, tables: Mapping[str, Tensor]) -> GraphCuts:
-        table = tables[_TIME].numpy()
-        return GraphCuts([KeepModulation(table)], [CutModulation(len(table))])
-
-    def _examples(self, denoiser: Any, tokens: int) -> dict[str, Tensor]:
-        """Conditioning of two prompts. The CLIP encoders' widths add up to that of the pooled text."""
-        width = denoiser.config.pooled_projection_dim
-        return {TEXT_INPUT: torch.randn(2, tokens, width), POOLED_INPUT: torch.randn(2, width)}
 
 
 class StableDiffusion3WithT5(StableDiffusion3):
     """Stable Diffusion 3 with all three text encoders."""
 
+    network = MMDiT(has_t5=True)
     parts: ClassVar = {
         **StableDiffusion3.parts,
         "text_encoder_3": "transformers.T5EncoderModel",
         "tokenizer_3": "transformers.T5TokenizerFast",
     }
-    text_encoders = (
+    encoders = (
         *_CLIPS,
-        TextEncoder("text_encoder_3", "tokenizer_3", (T5_INPUT,), LastHiddenState, T5_TOKENS, clip=False),
+        EncoderSpec("text_encoder_3", "tokenizer_3", (T5_INPUT,), LastHiddenState, T5_TOKENS, clip=False),
     )
 
-    def fits(self, folder: Path, index: Mapping[str, Any]) -> bool:
-        return Family.fits(self, folder, index) and _has_t5(folder, index)
+    @classmethod
+    def fits(cls, folder: Path, index: Mapping[str, Any]) -> bool:
+        return index.get("_class_name") in cls.pipelines() and _has_t5(folder, index)
 
-    def pipeline_options(self, source: Source) -> dict[str, Any]:
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
         return {}
 
-    def full_precision(self, source: Source) -> tuple[str, ...]:
+    @property
+    def full_precision(self) -> tuple[str, ...]:
         return ("text_encoder_3",)
-
-    def _examples(self, denoiser: Any, tokens: int) -> dict[str, Tensor]:
-        t5 = torch.randn(2, T5_TOKENS, denoiser.config.joint_attention_dim)
-        return {**super()._examples(denoiser, tokens), T5_INPUT: t5}
-
-
-class _StepAndText(nn.Module):
-    """Stands where ``time_text_embed`` was: a row of a table for the step, plus the embedded pooled text.
-
-    Args:
-        table: FP32 [T, C].
-        text_embedder: its layers are frozen from now on.
-        state: holds the batch's steps.
-    """
-
-    table: Tensor
-
-    def __init__(self, table: Tensor, text_embedder: nn.Module, state: StepState) -> None:
-        super().__init__()
-        freeze_linears_(text_embedder)
-        self.text_embedder, self.state = text_embedder, state
-        self.register_buffer("table", table.detach().to(torch.float32), persistent=False)
-
-    def forward(self, timestep: Tensor, pooled: Tensor) -> Tensor:
-        """[B, C]; the timestep is not read."""
-        embedded: Tensor = self.text_embedder(pooled)
-        return self.table[self.state.steps] + embedded
 
 
 def _has_t5(folder: Path, index: Mapping[str, Any]) -> bool:
     """Whether the checkpoint names a third text encoder and brings it: it may be left out of a download."""
     named = index.get("text_encoder_3")
     return isinstance(named, list) and named[:1] not in ([], [None]) and (folder / "text_encoder_3").is_dir()
-
-
-def _adaptive_norms(denoiser: nn.Module) -> dict[str, Any]:
-    """Path -> normalization whose ``linear`` makes scales, shifts and gates of the time and text embedding."""
-    return {
-        path: module
-        for path, module in denoiser.named_modules()
-        if "AdaLayerNorm" in type(module).__name__ and hasattr(module, "linear")
-    }
-
-
-def _input_tensor(layer: str) -> str:
-    owner, _, part = layer.rpartition(".")
-    return f"{owner}.{_QUERY_KEY_VALUE[part]}" if part in _QUERY_KEY_VALUE else layer
-
-
-def _call(
-    forward: Any,
-    config: Any,
-    sample: Tensor,
-    timestep: Tensor,
-    text_embeddings: Tensor,
-    pooled_embeddings: Tensor,
-    t5_embeddings: Tensor | None = None,
-) -> Tensor:
-    """A call of the MMDiT with the texts joined as diffusers' pipeline does: CLIP padded with zeros, then T5."""
-    room = config.joint_attention_dim - text_embeddings.shape[-1]
-    rows = T5_TOKENS if t5_embeddings is None else 0
-    text = nn.functional.pad(text_embeddings, (0, room, 0, rows))
-    if t5_embeddings is not None:
-        text = torch.cat([text, t5_embeddings], dim=1)
-    output: Tensor = forward(
-        hidden_states=sample,
-        encoder_hidden_states=text,
-        pooled_projections=pooled_embeddings,
-        timestep=timestep.expand(sample.shape[0]) if timestep.ndim == 0 else timestep,
-        return_dict=False,
-    )[0]
-    return output
-
-
-def _by_our_names(denoiser: nn.Module) -> nn.Module:
-    """The same module, weights and paths included, whose forward takes what a package names."""
-    kind: Any = type(denoiser)
-
-    class Named(kind):
-        def forward(
-            self,
-            sample: Tensor,
-            timestep: Tensor,
-            text_embeddings: Tensor,
-            pooled_embeddings: Tensor,
-            t5_embeddings: Tensor | None = None,
-        ) -> Tensor:
-            return _call(
-                super().forward, self.config, sample, timestep, text_embeddings, pooled_embeddings, t5_embeddings
-            )
-
-    view = copy.copy(denoiser)
-    view.__class__ = Named
-    return view

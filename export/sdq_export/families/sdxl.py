@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 import torch
@@ -13,114 +13,28 @@ from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import VAE_DECODER, VAE_ENCODER
 from sdq_engines.package.schema import SIZE_INPUT, CallDefaults
 from sdq_export.conditioning import POOLED_INPUT, TEXT_INPUT, Conditioning
-from sdq_export.families.base import Family, GraphCuts, TextEncoder
-from sdq_export.families.text import PenultimateAndPooled, PenultimateHiddenState, check_text_encoders
-from sdq_export.families.time_path import FrozenLinear, NoTimeProjection, StepRow
-from sdq_export.families.unet import (
-    BLOCKS,
-    capture_unet,
-    check_conditions,
-    is_unet,
-    quantizable_layers,
-    unet_latent_multiple,
-    unet_latent_shape,
-)
-from sdq_export.families.vae import check_vae
-from sdq_export.inpainting import extra_channels
+from sdq_export.families.base import Family
+from sdq_export.families.checks import check_text_encoders, check_vae
+from sdq_export.families.encoder import EncoderSpec
+from sdq_export.families.network import GraphCuts
+from sdq_export.families.text import PenultimateAndPooled, PenultimateHiddenState
+from sdq_export.families.unet import UNet, capture_unet, check_conditions, is_unet
 from sdq_export.passes.prologue import CutPrologue, KeepPrologue
 from sdq_export.passes.prompt_time_rows import CutTimeRows, OutputTimeRows
 from sdq_export.step_state import StepState
-
-if TYPE_CHECKING:
-    from sdq_export.source import Source
+from sdq_export.time_path import FrozenLinear, NoTimeProjection, StepRow
 
 __all__ = ["StableDiffusionXL"]
 
 _TABLE = "time_embedding"
 
 
-class StableDiffusionXL(Family):
-    """Stable Diffusion XL 1.0 (the base model), and models of its form.
+class _UNet(UNet):
+    """A UNet whose time path is told the pooled prompt and the size.
 
     A ResNet block adds ``time_emb_proj(silu(emb_t + added))``, where ``emb_t`` depends on the step and ``added`` on the
     pooled prompt and the size. The table is therefore of ``emb_t`` [T, E], and the prologue computes the blocks' rows.
     """
-
-    name = "stable-diffusion-xl"
-    pipeline = "StableDiffusionXLPipeline"
-    inpainting_pipeline = "StableDiffusionXLInpaintPipeline"
-    denoiser = "unet"
-    parts: ClassVar = {
-        "unet": "diffusers.UNet2DConditionModel",
-        "vae": "diffusers.AutoencoderKL",
-        "text_encoder": "transformers.CLIPTextModel",
-        "text_encoder_2": "transformers.CLIPTextModelWithProjection",
-        "tokenizer": "transformers.CLIPTokenizer",
-        "tokenizer_2": "transformers.CLIPTokenizer",
-    }
-    text_encoders = (
-        TextEncoder("text_encoder", "tokenizer", (TEXT_INPUT,), PenultimateHiddenState),
-        TextEncoder("text_encoder_2", "tokenizer_2", (TEXT_INPUT, POOLED_INPUT), PenultimateAndPooled),
-    )
-    recipe = "sdxl"
-    default_steps, default_guidance = 50, 5.0
-    inpainting_guidance = 7.5
-    call_defaults = CallDefaults(image_strength=0.3, inpaint_strength=0.9999)
-    blocks = BLOCKS
-
-    def check_source(self, source: Source) -> None:
-        unet = source.skeleton
-        _check_time_path(unet)
-        check_text_encoders(source, unet.config.cross_attention_dim)
-        check_vae(source)
-        if source.index.get("requires_aesthetics_score"):
-            raise SdqError(
-                f"The model_index.json of {source.model} has requires_aesthetics_score = true, which is not supported.",
-                "Stable Diffusion XL's refiner asks for it; its base model does not.",
-            )
-        if not unet.config.addition_time_embed_dim:
-            raise SdqError(
-                f"The file unet/config.json of {source.model} has addition_time_embed_dim = "
-                f"{unet.config.addition_time_embed_dim}; the width of an embedded size is wanted.",
-                "Stable Diffusion XL has 256.",
-            )
-        wanted = 6 * unet.config.addition_time_embed_dim + source.part("text_encoder_2").config.projection_dim
-        if unet.add_embedding.linear_1.in_features != wanted:
-            raise SdqError(
-                f"The denoiser's add_embedding takes {unet.add_embedding.linear_1.in_features} values; the second text "
-                f"encoder and six numbers of the size make {wanted}.",
-                "Stable Diffusion XL's refiner is not supported; its base model is.",
-            )
-
-    def latent_shape(self, source: Source) -> tuple[int, int, int]:
-        return unet_latent_shape(source)
-
-    def extra_channels(self, denoiser: nn.Module) -> int:
-        return extra_channels(denoiser)
-
-    def latent_multiple(self, denoiser: nn.Module) -> int:
-        return unet_latent_multiple(denoiser)
-
-    def full_precision(self, source: Source) -> tuple[str, ...]:
-        """The VAE, where its config says that it must be upcast: SDXL's own overflows in FP16."""
-        return (VAE_DECODER, VAE_ENCODER) if source.vae.config.force_upcast else ()
-
-    def zeros_for_no_prompt(self, source: Source) -> bool:
-        return bool(source.index.get("force_zeros_for_empty_prompt", True))
-
-    def pipeline_options(self, source: Source) -> dict[str, Any]:
-        return {"force_zeros_for_empty_prompt": self.zeros_for_no_prompt(source), "add_watermarker": False}
-
-    def encode_prompts(self, source: Source, prompts: Sequence[str | None]) -> Conditioning:
-        """Embeddings of both encoders side by side, the second's pooled one, and the checkpoint's own image size."""
-        tensors = dict(super().encode_prompts(source, prompts).tensors)
-        if self.zeros_for_no_prompt(source):
-            absent = torch.tensor([prompt is None for prompt in prompts])
-            for tensor in tensors.values():
-                tensor[absent] = 0
-        size = self.image_size(source)
-        tensors[SIZE_INPUT] = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(prompts), 1)
-        return Conditioning(tensors)
 
     def owns(self, denoiser: nn.Module) -> bool:
         config: Any = denoiser.config if is_unet(denoiser) else None
@@ -154,10 +68,7 @@ class StableDiffusionXL(Family):
             if getattr(block, "time_emb_proj", None) is not None:
                 block.time_emb_proj = FrozenLinear(block.time_emb_proj)
 
-    def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
-        return quantizable_layers(denoiser)
-
-    def capture_denoiser(
+    def capture(
         self, denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int, multiple: int = 0
     ) -> ir.Model:
         model: Any = denoiser
@@ -174,6 +85,82 @@ class StableDiffusionXL(Family):
             [OutputTimeRows(table), KeepPrologue(TEXT_INPUT, also=(POOLED_INPUT, SIZE_INPUT))],
             [CutTimeRows(len(table), (POOLED_INPUT, SIZE_INPUT)), CutPrologue(TEXT_INPUT)],
         )
+
+
+class StableDiffusionXL(Family):
+    """Stable Diffusion XL 1.0 (the base model), and models of its form."""
+
+    name = "stable-diffusion-xl"
+    pipeline = "StableDiffusionXLPipeline"
+    inpainting_pipeline = "StableDiffusionXLInpaintPipeline"
+    denoiser = "unet"
+    network = _UNet()
+    parts: ClassVar = {
+        "unet": "diffusers.UNet2DConditionModel",
+        "vae": "diffusers.AutoencoderKL",
+        "text_encoder": "transformers.CLIPTextModel",
+        "text_encoder_2": "transformers.CLIPTextModelWithProjection",
+        "tokenizer": "transformers.CLIPTokenizer",
+        "tokenizer_2": "transformers.CLIPTokenizer",
+    }
+    encoders = (
+        EncoderSpec("text_encoder", "tokenizer", (TEXT_INPUT,), PenultimateHiddenState),
+        EncoderSpec("text_encoder_2", "tokenizer_2", (TEXT_INPUT, POOLED_INPUT), PenultimateAndPooled),
+    )
+    recipe = "sdxl"
+    default_steps, default_guidance = 50, 5.0
+    inpainting_guidance = 7.5
+    call_defaults = CallDefaults(image_strength=0.3, inpaint_strength=0.9999)
+
+    def check(self) -> None:
+        checkpoint = self.checkpoint
+        unet = checkpoint.skeleton
+        _check_time_path(unet)
+        check_text_encoders(self, unet.config.cross_attention_dim)
+        check_vae(self)
+        if checkpoint.index.get("requires_aesthetics_score"):
+            raise SdqError(
+                f"The model_index.json of {checkpoint.model} has requires_aesthetics_score = true, which is not "
+                "supported.",
+                "Stable Diffusion XL's refiner asks for it; its base model does not.",
+            )
+        if not unet.config.addition_time_embed_dim:
+            raise SdqError(
+                f"The file unet/config.json of {checkpoint.model} has addition_time_embed_dim = "
+                f"{unet.config.addition_time_embed_dim}; the width of an embedded size is wanted.",
+                "Stable Diffusion XL has 256.",
+            )
+        wanted = 6 * unet.config.addition_time_embed_dim + checkpoint.part("text_encoder_2").config.projection_dim
+        if unet.add_embedding.linear_1.in_features != wanted:
+            raise SdqError(
+                f"The denoiser's add_embedding takes {unet.add_embedding.linear_1.in_features} values; the second text "
+                f"encoder and six numbers of the size make {wanted}.",
+                "Stable Diffusion XL's refiner is not supported; its base model is.",
+            )
+
+    @property
+    def full_precision(self) -> tuple[str, ...]:
+        """The VAE, where its config says that it must be upcast: SDXL's own overflows in FP16."""
+        return (VAE_DECODER, VAE_ENCODER) if self.checkpoint.vae.config.force_upcast else ()
+
+    @property
+    def zeros_for_no_prompt(self) -> bool:
+        return bool(self.checkpoint.index.get("force_zeros_for_empty_prompt", True))
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": self.zeros_for_no_prompt, "add_watermarker": False}
+
+    def encode_prompts(self, prompts: Sequence[str | None]) -> Conditioning:
+        """Embeddings of both encoders side by side, the second's pooled one, and the checkpoint's own image size."""
+        tensors = dict(super().encode_prompts(prompts).tensors)
+        if self.zeros_for_no_prompt:
+            absent = torch.tensor([prompt is None for prompt in prompts])
+            for tensor in tensors.values():
+                tensor[absent] = 0
+        size = self.image_size
+        tensors[SIZE_INPUT] = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32).repeat(len(prompts), 1)
+        return Conditioning(tensors)
 
 
 def _check_time_path(unet: Any) -> None:

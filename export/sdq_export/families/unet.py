@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -11,22 +11,16 @@ from torch import nn
 
 from sdq_engines.errors import SdqError
 from sdq_export.capture import FreeSize, capture
+from sdq_export.families.network import Network
+from sdq_export.inpainting import extra_channels
 from sdq_export.sizes import HEIGHT, WIDTH, different
 
-if TYPE_CHECKING:
-    from sdq_export.source import Source
-
 __all__ = [
-    "BLOCKS",
+    "UNet",
     "capture_unet",
     "check_conditions",
     "is_unet",
-    "quantizable_layers",
-    "unet_latent_multiple",
-    "unet_latent_shape",
 ]
-
-BLOCKS = ("ResnetBlock2D", "Transformer2DModel")
 
 _TIME_PATH = ("time_proj", "time_embedding", "time_emb_proj", "add_time_proj", "add_embedding")
 _CONDITIONS = (
@@ -38,23 +32,36 @@ _CONDITIONS = (
 )
 
 
+class UNet(Network):
+    """diffusers' UNet2DConditionModel; what a family's time path differs in is left to it."""
+
+    blocks = ("ResnetBlock2D", "Transformer2DModel")
+
+    def extra_channels(self, denoiser: nn.Module) -> int:
+        return extra_channels(denoiser)
+
+    def latent_multiple(self, denoiser: nn.Module) -> int:
+        """Every level but the last halves height and width."""
+        config: Any = denoiser.config
+        return int(2 ** (len(config.block_out_channels) - 1))
+
+    def quantizable_layers(self, denoiser: nn.Module) -> dict[str, str]:
+        """Left out are the time path (precomputed) and the keys and values of cross-attention (by the prologue).
+
+        Query, key and value of a self-attention read the same tensor, named after the attention.
+        """
+        return {
+            layer: _input_tensor(denoiser, layer)
+            for layer, module in denoiser.named_modules()
+            if isinstance(module, nn.Conv2d | nn.Linear) and not _precomputed(denoiser, layer)
+        }
+
+
 def is_unet(denoiser: nn.Module) -> bool:
     """Whether it is diffusers' conditional UNet."""
     from diffusers import UNet2DConditionModel
 
     return isinstance(denoiser, UNet2DConditionModel)
-
-
-def unet_latent_shape(source: Source) -> tuple[int, int, int]:
-    """(C, h, w) by the UNet's own sample size."""
-    config: Any = source.skeleton.config
-    return int(config.out_channels), *source.family.latent_size(source)
-
-
-def unet_latent_multiple(unet: nn.Module) -> int:
-    """What the latents' height and width must be multiples of: every level but the last halves them."""
-    config: Any = unet.config
-    return int(2 ** (len(config.block_out_channels) - 1))
 
 
 def check_conditions(unet: nn.Module, allowed: Mapping[str, str | None] | None = None) -> None:
@@ -81,19 +88,6 @@ def check_conditions(unet: nn.Module, allowed: Mapping[str, str | None] | None =
             raise SdqError(f"The block {name} has time_embedding_norm={kind!r}; only 'default' is supported.")
 
 
-def quantizable_layers(unet: nn.Module) -> dict[str, str]:
-    """See `Family.quantizable_layers`.
-
-    Left out are the time path (precomputed) and the keys and values of cross-attention (the prologue computes them).
-    Query, key and value of a self-attention read the same tensor, named after the attention.
-    """
-    return {
-        layer: _input_tensor(unet, layer)
-        for layer, module in unet.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear) and not _precomputed(unet, layer)
-    }
-
-
 def _precomputed(unet: nn.Module, layer: str) -> bool:
     owner, _, part = layer.rpartition(".")
     if any(name in _TIME_PATH for name in layer.split(".")):
@@ -118,7 +112,7 @@ def capture_unet(
     names: Sequence[str],
     multiple: int = 0,
 ) -> ir.Model:
-    """A UNet's graph; see `Family.capture_denoiser`.
+    """A UNet's graph; see `Network.capture`.
 
     Args:
         unet: diffusers' UNet2DConditionModel.

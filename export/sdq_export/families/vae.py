@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from sdq_engines.errors import SdqError
-from sdq_export.capture import FreeSize, capture
+from sdq_engines.package.layout import VAE_DECODER, VAE_ENCODER
+from sdq_export.capture import FreeSize
+from sdq_export.families.component import ComponentExport, RoundingCost
 from sdq_export.sizes import HEIGHT, IMAGE_HEIGHT, IMAGE_WIDTH, WIDTH, different
 
-if TYPE_CHECKING:
-    from sdq_export.source import Source
+__all__ = ["VaeDecoder", "VaeEncoder", "vae_decoder_export", "vae_encoder_export"]
 
-__all__ = ["VaeDecoder", "VaeEncoder", "capture_vae_decoder", "capture_vae_encoder", "check_vae"]
+_IMAGE_ERROR = "the root mean square error of an image by {weights}"
+_IMAGE_LIMIT = 0.005
+"""Of an image's range of one: 46 dB."""
 
 
 class VaeDecoder(nn.Module):
@@ -62,41 +64,58 @@ class VaeEncoder(nn.Module):
         return torch.cat([config.scaling_factor * mean, config.scaling_factor * distribution.std], dim=1)
 
 
-def capture_vae_decoder(decoder: VaeDecoder, shape: tuple[int, int, int], free_size: bool = False) -> ir.Model:
-    """The decoder's graph: ``latents`` f32 [batch, C, h, w] as the sampler leaves them to ``images`` in [0, 1]."""
-    example = torch.randn(2, shape[0], *different(shape[1:], int(free_size)))
-    sized = FreeSize("latents", 1, (HEIGHT, WIDTH)) if free_size else None
-    return capture(decoder, {"latents": example}, batched=["latents"], outputs=["images"], sized=sized)
-
-
-def capture_vae_encoder(encoder: VaeEncoder, image_size: tuple[int, int], multiple: int = 0) -> ir.Model:
-    """The encoder's graph: ``images`` f32 [batch, 3, H, W] in [-1, 1] to ``latent_moments`` f32 [batch, 2*C, h, w].
+def vae_decoder_export(shape: tuple[int, int, int], free_size: bool) -> ComponentExport:
+    """The decoder: ``latents`` f32 [batch, C, h, w] as the sampler leaves them to ``images`` in [0, 1].
 
     Args:
-        encoder: what is captured.
+        shape: C, h, w.
+        free_size: whether height and width are left free.
+    """
+    return ComponentExport(
+        name=VAE_DECODER,
+        part="vae",
+        module=VaeDecoder,
+        inputs={"latents": torch.randn(2, shape[0], *different(shape[1:], int(free_size)))},
+        outputs=("images",),
+        rounding=RoundingCost("--vae", _IMAGE_ERROR, _IMAGE_LIMIT, _decoder_error),
+        sized=FreeSize("latents", 1, (HEIGHT, WIDTH)) if free_size else None,
+    )
+
+
+def vae_encoder_export(image_size: tuple[int, int], multiple: int) -> ComponentExport:
+    """The encoder: ``images`` f32 [batch, 3, H, W] in [-1, 1] to ``latent_moments`` f32 [batch, 2*C, h, w].
+
+    Args:
         image_size: H, W.
         multiple: of a free height and width, the pixels of a latent; 0 for those of `image_size`.
     """
-    example = torch.randn(2, 3, *different(image_size, multiple)).clamp(-1, 1)
-    sized = FreeSize("images", multiple, (IMAGE_HEIGHT, IMAGE_WIDTH)) if multiple else None
-    return capture(encoder, {"images": example}, batched=["images"], outputs=["latent_moments"], sized=sized)
+    return ComponentExport(
+        name=VAE_ENCODER,
+        part="vae",
+        module=VaeEncoder,
+        inputs={"images": torch.randn(2, 3, *different(image_size, multiple)).clamp(-1, 1)},
+        outputs=("latent_moments",),
+        rounding=RoundingCost("--vae", _IMAGE_ERROR, _IMAGE_LIMIT, _encoder_error),
+        sized=FreeSize("images", multiple, (IMAGE_HEIGHT, IMAGE_WIDTH)) if multiple else None,
+        compared=2,
+    )
 
 
-def check_vae(source: Source) -> None:
-    """Refuse latents that are normalized channel by channel, or that are not the denoiser's.
+@torch.no_grad()
+def _decoder_error(rounded: nn.Module, whole: nn.Module, latents: Tensor) -> tuple[float, dict[str, Any]]:
+    """How far the images of latents [n, C, h, w] are from the unrounded decoder's."""
+    return _image_error(rounded(latents), whole(latents))
 
-    Raises:
-        SdqError: naming the setting.
-    """
-    channels = source.family.latent_shape(source)[0]
-    if source.vae.config.latent_channels != channels:
-        raise SdqError(
-            f"The vae of {source.model} has latents of {source.vae.config.latent_channels} channels, the "
-            f"{source.family.denoiser} of {channels}.",
-            "Take both from one model.",
-        )
-    for setting in ("latents_mean", "latents_std"):
-        if source.vae.config.get(setting) is not None:
-            raise SdqError(
-                f"The VAE's {setting} is not supported; latents with one scaling_factor (and shift_factor) are."
-            )
+
+@torch.no_grad()
+def _encoder_error(rounded: nn.Module, whole: nn.Module, latents: Tensor) -> tuple[float, dict[str, Any]]:
+    """The same of the images that the unrounded decoder makes of what is encoded: its own images of the latents."""
+    decoder = VaeDecoder(whole.vae)
+    images = 2 * decoder(latents) - 1
+    found, wanted = (each(images).chunk(2, dim=1)[0] for each in (rounded, whole))
+    return _image_error(decoder(found), decoder(wanted))
+
+
+def _image_error(found: Tensor, wanted: Tensor) -> tuple[float, dict[str, Any]]:
+    error = float((found - wanted).square().mean().sqrt())
+    return error, {"psnr": -20 * math.log10(max(error, 1e-12))}

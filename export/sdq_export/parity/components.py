@@ -1,4 +1,4 @@
-"""Parity of the components that are not quantized."""
+"""The components beside the denoiser: each graph against torch."""
 
 from __future__ import annotations
 
@@ -12,43 +12,55 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sdq_export.families.base import TextEncoder
+from sdq_export.families.component import ComponentExport
 from sdq_export.parity.graphs import GraphFile, open_graph
 from sdq_export.parity.report import Criterion
 from sdq_export.scratch import temporary_folder
-from sdq_export.source import Source
 
-__all__ = ["check_text_encoder", "check_vae_decoder", "check_vae_encoder"]
+__all__ = ["check_component", "component_outputs"]
 
 _LIMIT = 1e-4
 
 
-def check_text_encoder(
-    graph: GraphFile | ir.Model, module: nn.Module, source: Source, encoder: TextEncoder, prompts: Sequence[str]
+@torch.no_grad()
+def component_outputs(module: nn.Module, given: Tensor) -> tuple[Tensor, ...]:
+    """What torch makes of a component's one input."""
+    outputs = module(given)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def check_component(
+    graph: GraphFile | ir.Model, export: ComponentExport, given: Tensor, wanted: Sequence[Tensor]
 ) -> Criterion:
-    """A text encoder's graph against torch, on the prompts and the empty one; the worst of its outputs."""
-    tokens = encoder.token_ids(source, ["", *prompts])
-    with torch.no_grad():
-        wanted = [output.numpy() for output in module(tokens)]
-    return _criterion(encoder.component, _run(graph, {"input_ids": tokens.numpy()}), wanted)
+    """A component's graph against torch; the worst of its outputs, or of their parts.
+
+    Args:
+        graph: of the component.
+        export: which it is.
+        given: its input.
+        wanted: what torch makes of that, by `component_outputs`.
+    """
+    (name,) = export.inputs
+    found = _run(graph, {name: given.numpy()})
+    return Criterion(
+        name=export.name,
+        says=f"relative distance of the {export.words}'s graph from torch",
+        limit=_LIMIT,
+        steps=(0,),
+        per_step=(max(_distance(*pair, export.compared) for pair in zip(found, map(_numpy, wanted), strict=True)),),
+    )
 
 
-def check_vae_decoder(
-    graph: GraphFile | ir.Model, module: nn.Module, latents: Tensor, images: Tensor | None = None
-) -> Criterion:
-    """The decoder's graph against torch, on latents [n, C, h, w]; `images` are what torch makes of them, if known."""
-    with torch.no_grad():
-        wanted = module(latents) if images is None else images
-    return _criterion("vae_decoder", _run(graph, {"latents": latents.numpy()}), [wanted.numpy()])
+def _distance(found: NDArray[Any], wanted: NDArray[Any], parts: int) -> float:
+    pairs = [(found, wanted)]
+    if parts > 1:
+        pairs = list(zip(*(np.split(each, parts, axis=1) for each in (found, wanted)), strict=True))
+    return max(float(np.linalg.norm(one - other) / max(float(np.linalg.norm(other)), 1e-12)) for one, other in pairs)
 
 
-def check_vae_encoder(graph: GraphFile | ir.Model, module: nn.Module, images: Tensor) -> Criterion:
-    """The encoder's graph against torch, mean and standard deviation each, on a decoder's images [n, 3, H, W]."""
-    with torch.no_grad():
-        given = 2 * images - 1
-        wanted = module(given).numpy()
-    found = _run(graph, {"images": given.numpy()})[0]
-    return _criterion("vae_encoder", np.split(found, 2, axis=1), np.split(wanted, 2, axis=1))
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.numpy()
+    return array
 
 
 def _run(graph: GraphFile | ir.Model, feeds: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
@@ -56,17 +68,3 @@ def _run(graph: GraphFile | ir.Model, feeds: dict[str, NDArray[Any]]) -> list[ND
         session = open_graph(graph, Path(folder))
     results: list[NDArray[Any]] = session.run(None, feeds)
     return results
-
-
-def _criterion(name: str, found: Sequence[NDArray[Any]], wanted: Sequence[NDArray[Any]]) -> Criterion:
-    distance = max(
-        float(np.linalg.norm(one - other) / max(float(np.linalg.norm(other)), 1e-12))
-        for one, other in zip(found, wanted, strict=True)
-    )
-    return Criterion(
-        name=name,
-        says=f"relative distance of the {name.replace('_', ' ')}'s graph from torch",
-        limit=_LIMIT,
-        steps=(0,),
-        per_step=(distance,),
-    )

@@ -34,8 +34,8 @@ class OtherSize:
     """
 
     def __init__(self, source: Source, samples: TeacherSamples) -> None:
-        unit = source.family.latent_multiple(source.skeleton)
-        limit = source.family.latent_limit(source.skeleton)
+        unit = source.family.latent_multiple
+        limit = source.family.latent_limit
         count, channels, height, width = samples.shape
         size = (max(height - unit, unit), width + unit)
         if limit is not None and size[1] > limit:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sdq_export.integer_storage import prologue_layers, round_to_integers_
+from sdq_export.integer_storage import round_to_integers_
 from sdq_export.parity.gate import GRAPH_LIMIT
 from sdq_export.parity.reference import answer, quantizers_off
 from sdq_export.parity.report import Criterion
@@ -38,7 +38,7 @@ def round_prologue_(
     quantized = [float(samples.distances(answer(reference, samples, step), step).mean()) for step in steps]
     with quantizers_off(reference):
         before = [answer(reference, samples, step) for step in steps]
-        layers = prologue_layers(reference)
+        layers = reference.prologue_layers
         round_to_integers_(reference.model, layers, dtype)
         after = [answer(reference, samples, step) for step in steps]
     errors = [float((new - old).norm() / old.norm()) for new, old in zip(after, before, strict=True)]

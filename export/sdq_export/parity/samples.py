@@ -106,7 +106,7 @@ def record_teacher(
         device: where the teacher computes.
         on_step: hears how many steps are done.
     """
-    latent_shape = source.family.latent_shape(source)
+    latent_shape = source.family.latent_shape
     count = len(conditioning) // 2
     teacher = StepDenoiser(source.own(source.family.denoiser), torch.from_numpy(plan.timesteps)).eval().to(device)
     generator = torch.Generator().manual_seed(_SEED)

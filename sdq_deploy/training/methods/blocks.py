@@ -85,7 +85,7 @@ def find_blocks(denoiser: StepDenoiser, spec: QuantSpec, samples: Samples) -> li
         samples: of which the first is run.
     """
     modules = dict(denoiser.model.named_modules())
-    owners = {site.layer: _owner(site.layer, modules, denoiser.family.blocks) for site in spec.weights}
+    owners = {site.layer: _owner(site.layer, modules, denoiser.network.blocks) for site in spec.weights}
     order: list[str] = []
 
     def note(name: str) -> Any:

@@ -19,8 +19,8 @@ from sdq_deploy.sharing import await_files
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.counting import layer_weight
 from sdq_deploy.training.fit import FitPlan, fit
+from sdq_deploy.training.method import Stage, TrainingMethod
 from sdq_deploy.training.methods.adapters import attach_adapters
-from sdq_deploy.training.methods.base import Stage, TrainingMethod
 from sdq_deploy.training.prompts import stable_seed
 from sdq_deploy.training.stages import DATA, fit_values
 from sdq_deploy.training.student import Student

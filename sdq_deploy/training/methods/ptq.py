@@ -19,9 +19,9 @@ from sdq_deploy.recipes.schema import PtqAlgorithm, Recipe
 from sdq_deploy.training.calibrate import activation_scales, largest_activations, weight_scales
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.dataset import SerialData, load_split
+from sdq_deploy.training.method import Stage, TrainingMethod
 from sdq_deploy.training.methods.activation_statistics import ChannelStatistics, channel_statistics
 from sdq_deploy.training.methods.awq import awq_factors, clipped_scale
-from sdq_deploy.training.methods.base import Stage, TrainingMethod
 from sdq_deploy.training.methods.checks import check_ptq
 from sdq_deploy.training.methods.modelopt_scales import modelopt_scales, percentile_scales
 from sdq_deploy.training.methods.smoothing import find_fold_points, fold_factors, smoothquant_factors

@@ -20,7 +20,7 @@ from sdq_deploy.training.dataset import load_split
 from sdq_deploy.training.fit import learning_rate_factor
 from sdq_deploy.training.log import TrainingLog, read_log
 from sdq_deploy.training.memory import peak_bytes, reset_peak
-from sdq_deploy.training.methods.base import Stage, TrainingMethod
+from sdq_deploy.training.method import Stage, TrainingMethod
 from sdq_deploy.training.methods.blocks import (
     Block,
     BlockInputs,

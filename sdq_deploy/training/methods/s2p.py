@@ -9,7 +9,7 @@ from torch import nn
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingContext
 from sdq_deploy.training.fit import fit
-from sdq_deploy.training.methods.base import Stage, TrainingMethod
+from sdq_deploy.training.method import Stage, TrainingMethod
 from sdq_deploy.training.stages import DATA, fit_values
 from sdq_export.quantspec import QuantSpec
 from sdq_export.stepping import StepDenoiser

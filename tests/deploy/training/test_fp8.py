@@ -12,7 +12,7 @@ import torch
 
 from sdq_deploy.recipes import load_recipe
 from sdq_deploy.training.lsq import fake_quantize_lsq
-from sdq_deploy.training.methods.registry import method_named
+from sdq_deploy.training.registry import method_named
 from sdq_engines import Pipeline
 from sdq_engines.build import build_engine, choose_engine
 from sdq_engines.errors import SdqError

@@ -38,7 +38,7 @@ def source(tiny: Callable[[str], Path]) -> Source:
 
 @pytest.fixture(scope="module")
 def prompts(source: Source) -> Conditioning:
-    return source.family.encode_prompts(source, ["a red circle", "two boats", "", "green"])
+    return source.family.encode_prompts(["a red circle", "two boats", "", "green"])
 
 
 def timesteps(source: Source) -> Tensor:

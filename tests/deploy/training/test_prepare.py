@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sdq_deploy.cli import main
 from sdq_deploy.evaluation.candidates import find_reference, open_candidates
 from sdq_deploy.lora import Lora
-from sdq_deploy.models import open_run_model
+from sdq_deploy.run_models import open_run_model
 from sdq_deploy.training.context import TrainingSettings
 from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.forecast import forecast

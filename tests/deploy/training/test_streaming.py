@@ -60,7 +60,7 @@ def test_prompts_are_encoded_shard_by_shard(tiny_sd: Path, finished_run: Path) -
     data = load_split(finished_run / "dataset", "training")
     names = sorted(path.name for path in (finished_run / "dataset" / "prompts").iterdir())
     assert names == sorted(path.name for path in (finished_run / "dataset").glob("*-*.safetensors"))
-    wanted = context.source.family.encode_prompts(context.source, list(context.prompts.training))
+    wanted = context.source.family.encode_prompts(list(context.prompts.training))
     assert len(data.conditioning) == len(wanted) == 8
     for name, tensor in data.conditioning[torch.tensor([7, 0, 3])].tensors.items():
         torch.testing.assert_close(tensor, wanted.tensors[name][[7, 0, 3]], rtol=1e-4, atol=1e-5)

@@ -36,8 +36,8 @@ def context(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def outputs(context: TrainingContext, teacher: StepDenoiser, *, autocast: bool = False) -> dict[str, Tensor]:
     """What the teacher puts out, and what its layers do."""
     source = context.source
-    latents = torch.randn(2, *source.family.latent_shape(source), generator=torch.Generator().manual_seed(1))
-    prompts = source.family.encode_prompts(source, ["a red circle", "blue"])
+    latents = torch.randn(2, *source.family.latent_shape, generator=torch.Generator().manual_seed(1))
+    prompts = source.family.encode_prompts(["a red circle", "blue"])
     layers = [site.layer for site in context.spec.weights][::7]
     with (
         torch.no_grad(),

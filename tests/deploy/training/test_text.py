@@ -48,11 +48,11 @@ def test_what_prompts_mean_is_recorded_and_followed(
     assert "1 prompt(s) are longer than the model takes and were cut, the first 'long long" in caplog.text
     told = load_source(tiny_sd).with_text(TextSettings(prompt_chunks=2, clip_skip=1), [parse_embedding(given)])
     data = load_split(tmp_path / "run" / "dataset", "training")
-    wanted = told.family.encode_prompts(told, list(prompts[:2])).tensors["text_embeddings"]
+    wanted = told.family.encode_prompts(list(prompts[:2])).tensors["text_embeddings"]
     found = data.conditioning[[0, 1]].tensors["text_embeddings"]
     assert found.shape == (2, 2 * MAX_LENGTH, WIDTH)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    empty = told.family.encode_prompts(told, [None]).tensors["text_embeddings"]
+    empty = told.family.encode_prompts([None]).tensors["text_embeddings"]
     torch.testing.assert_close(data.empty.tensors["text_embeddings"], empty, rtol=1e-4, atol=1e-5)
 
     assert load_checkpoint(tmp_path / "run").info.text == told.text

@@ -19,7 +19,7 @@ from sdq_engines.backends.base import Arrays
 from sdq_engines.backends.nvidia.cuda import Buffer, Graph, Stream
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_bytes
-from sdq_engines.package.held import files_of, hold
+from sdq_engines.package.held import hold
 from sdq_engines.package.layout import DENOISER
 from sdq_engines.places import cache_folder
 
@@ -39,7 +39,7 @@ class NvidiaSession:
         self.package, self.entry = package, entry
         self.stream = Stream()
         self.device = Device(self.name)
-        self._files = hold(package.folder, files_of(package, entry))
+        self._files = hold(package.folder, package.files_of(entry))
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         # Lean runtimes embedded in a plan would be loaded and run; ours never have one.
         self._runtime.engine_host_code_allowed = False

@@ -12,7 +12,7 @@ from torch import Tensor
 from sdq_deploy.recipes import load_recipe
 from sdq_deploy.training.dataset import load_split
 from sdq_deploy.training.methods.modelopt_scales import modelopt_scales, percentile_scales
-from sdq_deploy.training.methods.registry import method_named
+from sdq_deploy.training.registry import method_named
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import scale_key, weight_scale_key
 from sdq_export.sites import find_sites

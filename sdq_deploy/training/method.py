@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -15,14 +15,14 @@ from sdq_deploy.recipes.schema import Fit, Method, Recipe
 from sdq_export.quantspec import QuantSpec
 from sdq_export.stepping import StepDenoiser
 
-if TYPE_CHECKING:
-    from sdq_deploy.training.context import TrainingContext
-
 __all__ = ["Stage", "TrainingMethod"]
+
+Context = TypeVar("Context")
+"""What the stages of a training share; it knows its method, so the method does not know its type."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[Context]):
     """One stage.
 
     Attributes:
@@ -34,8 +34,8 @@ class Stage:
     """
 
     name: str
-    run: Callable[[TrainingContext, str], dict[str, Any] | None]
-    inputs: Callable[[TrainingContext], Any]
+    run: Callable[[Context, str], dict[str, Any] | None]
+    inputs: Callable[[Context], Any]
     after: tuple[str, ...] = ()
     everywhere: bool = False
 
@@ -53,7 +53,7 @@ def _no_parameters(denoiser: StepDenoiser, spec: QuantSpec, recipe: Recipe) -> l
 
 
 @dataclass(frozen=True)
-class TrainingMethod:
+class TrainingMethod(Generic[Context]):
     """How integers and scales are found, once the serial dataset is collected and calibrated.
 
     Attributes:
@@ -70,7 +70,7 @@ class TrainingMethod:
     """
 
     name: Method
-    fit: Stage
+    fit: Stage[Context]
     groups: Callable[[Recipe], int]
     smooths: Callable[[Recipe], bool] = lambda recipe: False
     uses_sensitivity: bool = False

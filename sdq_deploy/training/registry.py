@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from sdq_deploy.recipes.schema import Method
-from sdq_deploy.training.methods.base import TrainingMethod
+from sdq_deploy.training.method import TrainingMethod
 
 __all__ = ["method_named"]
 
@@ -17,7 +18,7 @@ _HOMES: dict[Method, str] = {
 }
 
 
-def method_named(name: Method) -> TrainingMethod:
+def method_named(name: Method) -> TrainingMethod[Any]:
     """The method of this name."""
-    found: TrainingMethod = importlib.import_module(f"sdq_deploy.training.methods.{_HOMES[name]}").METHOD
+    found: TrainingMethod[Any] = importlib.import_module(f"sdq_deploy.training.methods.{_HOMES[name]}").METHOD
     return found
