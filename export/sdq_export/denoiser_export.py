@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from sdq_export.captures import capture_once
 from sdq_export.checkpoint import QuantizedCheckpoint, weight_key
 from sdq_export.denoiser import DenoiserGraphs, build_denoiser
-from sdq_export.reference import build_reference
+from sdq_export.reference import Reference, build_reference
 from sdq_export.rounding import as_numpy
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sizes import HEIGHT, WIDTH
 from sdq_export.smoothing import divide_inputs_, smoothed_sites
 from sdq_export.source import Source
-from sdq_export.stepping import StepDenoiser
 from sdq_export.storage import Dtype, round_weights_
 
 __all__ = ["make_denoiser", "make_reference"]
@@ -27,11 +26,12 @@ __all__ = ["make_denoiser", "make_reference"]
 
 def make_reference(
     source: Source, plan: SamplerPlan, checkpoint: QuantizedCheckpoint | None, dtype: Dtype
-) -> StepDenoiser:
+) -> Reference:
     """The torch denoiser that the package must equal: fake-quantized or not, its weights as they will be stored."""
     timesteps = torch.from_numpy(plan.timesteps)
     if checkpoint is None:
-        reference = StepDenoiser(source.own(source.family.denoiser), timesteps).eval().requires_grad_(False)
+        reference = Reference(source.own(source.family.denoiser), timesteps)
+        reference.eval().requires_grad_(False)
         integers: set[str] = set()
     else:
         reference = build_reference(source.own(source.family.denoiser), checkpoint.spec, checkpoint.tensors, timesteps)
@@ -44,7 +44,7 @@ def make_reference(
 def make_denoiser(
     source: Source,
     plan: SamplerPlan,
-    reference: StepDenoiser,
+    reference: Reference,
     checkpoint: QuantizedCheckpoint | None,
     dtype: Dtype,
     free_size: bool = False,

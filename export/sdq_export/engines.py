@@ -9,7 +9,7 @@ from sdq_engines.backends.registry import backend
 from sdq_engines.package.editor import PackageEditor
 from sdq_engines.package.layout import DENOISER, PROLOGUE
 from sdq_engines.package.store import Package
-from sdq_export.parity import Criterion, ParityReport, TeacherSamples, check_engine
+from sdq_export.parity import Criterion, ParityInputs, ParityReport, TeacherSamples, check_engine
 from sdq_export.writer import ExportResult
 
 __all__ = ["check_built_engine"]
@@ -42,19 +42,10 @@ def check_built_engine(package: Package, engine: str, result: ExportResult) -> t
 
 
 def _measure(session: Session, engine: str, result: ExportResult) -> Criterion:
-    samples, plan = result.samples, result.plan
-    steps = list(result.gate.steps)
-    most = session.entry.profile.batch_max
-    return check_engine(
-        engine,
-        session.component(DENOISER),
-        _prompt(session, samples, most),
-        plan,
-        samples,
-        _reference_distances(result, steps),
-        steps,
-        most,
-    )
+    inputs, most = ParityInputs(result.plan, result.samples, result.gate), session.entry.profile.batch_max
+    prompt = _prompt(session, result.samples, most)
+    references = _reference_distances(result)
+    return check_engine(engine, inputs, session.component(DENOISER), prompt, references, most)
 
 
 def _prompt(session: Session, samples: TeacherSamples, most: int) -> dict[str, np.ndarray]:
@@ -65,12 +56,12 @@ def _prompt(session: Session, samples: TeacherSamples, most: int) -> dict[str, n
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _reference_distances(result: ExportResult, steps: list[int]) -> np.ndarray:
+def _reference_distances(result: ExportResult) -> np.ndarray:
     """The fake-quantized reference's distances from the teacher, [steps, N]; zeros for an unquantized one."""
     for criterion in result.report.criteria:
         if criterion.name == "quantized_graph":
             return np.array(criterion.reference_by_sample)
-    return np.zeros((len(steps), len(result.samples.conditioning) // 2))
+    return np.zeros((len(result.gate.steps), len(result.samples.conditioning) // 2))
 
 
 def _record(package: Package, engine: str, report: ParityReport) -> Package:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 from torch import Tensor
@@ -21,15 +20,18 @@ from sdq_export.families.component import ComponentExport
 from sdq_export.output import stage_component
 from sdq_export.parity.budget import Gate
 from sdq_export.parity.components import check_component, component_outputs
-from sdq_export.parity.gate import DenoiserFiles, check_float_graph, check_quantized_graph, check_sites
+from sdq_export.parity.float_graph import check_float_graph
 from sdq_export.parity.graphs import GraphFile
+from sdq_export.parity.inputs import DenoiserFiles, ParityInputs
 from sdq_export.parity.other_size import OtherSize, renamed
 from sdq_export.parity.prologue import round_prologue_
-from sdq_export.parity.reference import ReferenceOutputs, reference_outputs
+from sdq_export.parity.quantized_graph import check_quantized_graph
+from sdq_export.parity.reference import reference_outputs
 from sdq_export.parity.report import Criterion, ParityReport
 from sdq_export.parity.rounded import check_rounding
 from sdq_export.parity.samples import TeacherSamples, parity_prompts, record_teacher
-from sdq_export.reference import move_reference_
+from sdq_export.parity.sites import check_sites
+from sdq_export.reference import Reference
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.settings import PackageSettings
 from sdq_export.source import Source
@@ -132,56 +134,49 @@ class ExportJob:
         The reference answers first and is let go of before the graphs are opened: a large network is in memory once.
         """
         self.on_stage("capturing the denoiser", 0, 0)
+        inputs = ParityInputs(self.plan, samples, self.gate, self.device)
         other = OtherSize(self.source, samples) if self.settings.dynamic_size else None
         middle, quantized = self.plan.calls // 2, self.checkpoint is not None
-        reference, files = self._denoiser_files(samples)
+        reference, files = self._denoiser_files(inputs)
         give_back_memory()
-        move_reference_(reference, self.device)
-        expected = self._expected(reference, samples)
+        reference.to(self.device)
+        counted = self._counted("parity, the reference")
+        expected = reference_outputs(reference, inputs, quantized, counted)
         sites: list[Criterion] = []
         if self.checkpoint is not None:
-            sites = check_sites(files, samples, reference, self.checkpoint, self.gate, self._counted("parity, sites"))
+            sites = check_sites(inputs, files, reference, self.checkpoint, self._counted("parity, sites"))
         elsewhere = other.answer(reference, middle) if other is not None else None
         del reference
         self._release(self.source.family.denoiser)
-        names = "parity, float graph", "parity, quantized graph"
-        rest = (self.plan, samples, expected, self.gate)
-        self.on_stage(names[0], 0, len(self.gate.steps))
-        found = [check_float_graph(files, *rest, quantized, self.device, self._counted(names[0])), *sites]
+        counted = self._counted("parity, float graph")
+        found = [check_float_graph(inputs, files, expected.floating, quantized, counted), *sites]
         if quantized:
-            self.on_stage(names[1], 0, len(self.gate.steps))
-            found.append(check_quantized_graph(files, *rest, self.device, self._counted(names[1])))
+            counted = self._counted("parity, quantized graph")
+            found.append(check_quantized_graph(inputs, files, expected.quantized, counted))
         if other is not None and elsewhere is not None:
             self.on_stage("parity, another size", 0, 0)
             self.criteria.append(other.check(files, self.plan, middle, elsewhere, self.device))
         give_back_memory()
         return found
 
-    def _denoiser_files(self, samples: TeacherSamples) -> tuple[Any, DenoiserFiles]:
+    def _denoiser_files(self, inputs: ParityInputs) -> tuple[Reference, DenoiserFiles]:
         """The reference, and the graphs that must equal it."""
-        reference = make_reference(self.source, self.plan, self.checkpoint, self.settings.dtype)
+        settings = self.settings
+        reference = make_reference(self.source, self.plan, self.checkpoint, settings.dtype)
         integer_layers = list[str]()
-        if (integers := self.settings.prologue) is not None:
+        if (integers := settings.prologue) is not None:
             self.on_stage(f"parity, {integers.upper()} prologue", 0, 0)
-            integer_layers, criterion = round_prologue_(reference, samples, self.gate.site_steps, integers)
+            integer_layers, criterion = round_prologue_(reference, inputs, integers)
             self.criteria.append(criterion)
         graphs = make_denoiser(
-            self.source,
-            self.plan,
-            reference,
-            self.checkpoint,
-            self.settings.dtype,
-            self.settings.dynamic_size,
-            integer_layers,
+            self.source, self.plan, reference, self.checkpoint, settings.dtype, settings.dynamic_size, integer_layers
         )
         files = DenoiserFiles(self._written(DENOISER, graphs.denoiser), self._written(PROLOGUE, graphs.prologue))
         return reference, files
 
-    def _expected(self, reference: Any, samples: TeacherSamples) -> ReferenceOutputs:
-        counted = self._counted("parity, the reference")
-        return reference_outputs(reference, samples, self.gate, self.checkpoint is not None, counted)
-
     def _counted(self, name: str) -> Callable[[int, int], None]:
+        """A stage that is counted; it begins now."""
+        self.on_stage(name, 0, len(self.gate.steps))
         return lambda done, total: self.on_stage(name, done, total)
 
     def _written(self, component: str, graph: ir.Model) -> GraphFile:

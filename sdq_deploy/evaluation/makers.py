@@ -91,9 +91,6 @@ class TorchMaker:
     ) -> None:
         self.source, self.plan, self.guidance_scale, self.device = source, plan, guidance_scale, device
         self.denoiser = denoiser.to(device)
-        # The reference keeps its quantizers beside the module, not in it.
-        for quantizer in getattr(denoiser, "quantizers", {}).values():
-            quantizer.to(device)
         source.vae.to(device)
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> ImageBatch:

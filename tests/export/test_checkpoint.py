@@ -91,6 +91,29 @@ def test_the_reference_quantizes_and_can_be_bypassed() -> None:
     assert 0 < weights_only < error < 0.2
 
 
+def test_a_tensor_that_is_missing_or_left_over_is_named() -> None:
+    info, tensors = plain_checkpoint("w8a8")
+    kept = next(name for name in tensors if name.endswith(".bias"))
+    with pytest.raises(SdqError, match=f"lacks the tensor {kept}") as refused:
+        build_reference(tiny_unet(), info.spec, {k: v for k, v in tensors.items() if k != kept}, TIMESTEPS)
+    assert refused.value.hint
+    with pytest.raises(SdqError, match="does not take, the tensor other.weight and 1 more"):
+        foreign = {"other.weight": torch.ones(1), "other.z": torch.ones(1)}
+        build_reference(tiny_unet(), info.spec, tensors | foreign, TIMESTEPS)
+
+
+def test_the_quantizers_go_where_the_reference_goes() -> None:
+    info, tensors = plain_checkpoint("w8a8")
+    reference = build_reference(tiny_unet(), info.spec, tensors, TIMESTEPS)
+    assert set(reference.quantizers) == {site.name for site in info.spec.activations}
+    reference.to(torch.float64)
+    assert {each.per_step.dtype for each in reference.quantizers.values()} == {torch.float64}
+    with pytest.raises(RuntimeError, match="half way"), reference.quantizers_off():
+        assert not any(each.enabled for each in reference.quantizers.values())
+        raise RuntimeError("half way")
+    assert all(each.enabled for each in reference.quantizers.values())
+
+
 def test_each_step_has_its_own_scale() -> None:
     info, tensors = plain_checkpoint("w8a8")
     site = info.spec.activations[0]

@@ -16,7 +16,7 @@ from sdq_deploy.cli import main
 from sdq_engines.guidance import Guidance
 from sdq_export.conditioning import Conditioning
 from sdq_export.guidance import GuidedDenoiser
-from sdq_export.reference import build_reference, move_reference_
+from sdq_export.reference import build_reference
 from sdq_export.sampler import compile_sampler
 from sdq_export.source import load_source
 from tests.export.quantized import quantized_checkpoint
@@ -59,7 +59,7 @@ def test_everything_goes_to_the_device_and_the_answer_comes_back(
     monkeypatch.setattr(type(reference), "forward", look)
     monkeypatch.setattr(torch, "autocast", lambda **_: contextlib.nullcontext())  # knows no such device
     with FakeTensorMode(allow_non_fake_inputs=True):
-        move_reference_(reference, ELSEWHERE)
+        reference.to(ELSEWHERE)
         guided = GuidedDenoiser(
             reference, Guidance.classifier_free(4.0), conditioning[1:], conditioning[:1], extra=extra
         )

@@ -13,7 +13,7 @@ from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_export.engines import check_built_engine
 from sdq_export.parity.budget import choose_gate
-from sdq_export.parity.gate import compare_distances
+from sdq_export.parity.distances import compare_distances
 from sdq_export.parity.samples import parity_prompts, record_teacher
 from sdq_export.sampler import compile_sampler, make_scheduler
 from sdq_export.sampler.jump import clean_and_noise, jump

@@ -22,7 +22,7 @@ from sdq_engines.package.layout import COMPONENTS
 from sdq_engines.package.store import open_package
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.engines import check_built_engine
-from sdq_export.parity.gate import compare_distances
+from sdq_export.parity.distances import compare_distances
 from sdq_export.parity.report import Criterion, ParityReport
 from sdq_export.source import Source
 from sdq_export.writer import ExportResult, export_package
@@ -110,7 +110,7 @@ def test_a_quantized_package_runs_and_its_engine_keeps_parity(quantized_package:
 
 def test_an_engine_that_strays_is_taken_out(quantized_package: ExportResult, monkeypatch: pytest.MonkeyPatch) -> None:
     package = build_engine(quantized_package.package, "onnxruntime")
-    monkeypatch.setattr("sdq_export.parity.gate.ENGINE_LIMIT", 0.5)
+    monkeypatch.setattr("sdq_export.parity.engine.ENGINE_LIMIT", 0.5)
     with pytest.raises(SdqError, match="engine onnxruntime was taken out"):
         check_built_engine(package, "onnxruntime", quantized_package)
     assert "onnxruntime" not in open_package(package.folder).manifest.engines

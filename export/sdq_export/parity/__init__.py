@@ -5,8 +5,9 @@ outputs of two quantized networks are not compared with each other. See docs/qua
 """
 
 from sdq_export.parity.budget import Gate, GateChoice
-from sdq_export.parity.gate import check_engine
+from sdq_export.parity.engine import check_engine
+from sdq_export.parity.inputs import ParityInputs
 from sdq_export.parity.report import Criterion, ParityReport
 from sdq_export.parity.samples import TeacherSamples
 
-__all__ = ["Criterion", "Gate", "GateChoice", "ParityReport", "TeacherSamples", "check_engine"]
+__all__ = ["Criterion", "Gate", "GateChoice", "ParityInputs", "ParityReport", "TeacherSamples", "check_engine"]

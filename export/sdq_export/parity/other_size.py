@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdq_export.parity.gate import FLOAT_LIMIT, DenoiserFiles, relative
+from sdq_export.parity.distances import relative
+from sdq_export.parity.float_graph import FLOAT_LIMIT
 from sdq_export.parity.graphs import GraphRunner, without_activations
-from sdq_export.parity.reference import quantizers_off
+from sdq_export.parity.inputs import DenoiserFiles
 from sdq_export.parity.report import Criterion
 from sdq_export.parity.samples import TeacherSamples
+from sdq_export.reference import Reference
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.scratch import temporary_folder
 from sdq_export.source import Source
-from sdq_export.stepping import StepDenoiser
 
 __all__ = ["OtherSize", "renamed"]
 
@@ -46,9 +47,9 @@ class OtherSize:
         if samples.extra is not None:
             self._extra = torch.randn(count, samples.extra.shape[1], *size, generator=generator)
 
-    def answer(self, reference: StepDenoiser, step: int) -> Tensor:
+    def answer(self, reference: Reference, step: int) -> Tensor:
         """The reference's guided output there, without activation quantization."""
-        with quantizers_off(reference):
+        with reference.quantizers_off():
             return self.samples.guided(reference, self._extra)(self.latents, step)
 
     def check(self, files: DenoiserFiles, plan: SamplerPlan, step: int, wanted: Tensor, device: str) -> Criterion:

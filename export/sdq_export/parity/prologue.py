@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from sdq_export.integer_storage import round_to_integers_
-from sdq_export.parity.gate import GRAPH_LIMIT
-from sdq_export.parity.reference import answer, quantizers_off
+from sdq_export.parity.inputs import ParityInputs
+from sdq_export.parity.quantized_graph import GRAPH_LIMIT
+from sdq_export.parity.reference import answer
 from sdq_export.parity.report import Criterion
-from sdq_export.parity.samples import TeacherSamples
-from sdq_export.stepping import StepDenoiser
+from sdq_export.reference import Reference
 from sdq_export.storage import IntegerDtype
 
 __all__ = ["round_prologue_"]
 
 
 def round_prologue_(
-    reference: StepDenoiser, samples: TeacherSamples, steps: Sequence[int], dtype: IntegerDtype = "int8"
+    reference: Reference, inputs: ParityInputs, dtype: IntegerDtype = "int8"
 ) -> tuple[list[str], Criterion]:
     """Round the reference's prologue layers to integers, in place.
 
@@ -28,15 +26,15 @@ def round_prologue_(
 
     Args:
         reference: the fake-quantized denoiser.
-        samples: where to look.
-        steps: which are looked at.
+        inputs: where to look.
         dtype: what they are rounded to.
 
     Returns:
         The layers' paths, and the criterion.
     """
+    samples, steps = inputs.samples, inputs.gate.site_steps
     quantized = [float(samples.distances(answer(reference, samples, step), step).mean()) for step in steps]
-    with quantizers_off(reference):
+    with reference.quantizers_off():
         before = [answer(reference, samples, step) for step in steps]
         layers = reference.prologue_layers
         round_to_integers_(reference.model, layers, dtype)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from sdq_export.parity.budget import Gate
+from sdq_export.parity.inputs import ParityInputs
 from sdq_export.parity.samples import TeacherSamples
+from sdq_export.reference import Reference
 
-__all__ = ["ReferenceOutputs", "answer", "quantizers_off", "reference_outputs"]
+__all__ = ["ReferenceOutputs", "answer", "reference_outputs"]
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,23 @@ class ReferenceOutputs:
 
 
 def reference_outputs(
-    reference: Any,
-    samples: TeacherSamples,
-    gate: Gate,
+    reference: Reference,
+    inputs: ParityInputs,
     quantized: bool,
     on_call: Callable[[int, int], None] = lambda done, total: None,
 ) -> ReferenceOutputs:
     """Run the reference at the gate's steps on the teacher's inputs.
 
     Args:
-        reference: the torch StepDenoiser that the graphs must equal.
-        samples: the teacher's inputs.
-        gate: the steps.
+        reference: what the graphs must equal.
+        inputs: where to look.
         quantized: whether the reference is fake-quantized.
         on_call: hears how many of the calls are done.
     """
+    samples, gate = inputs.samples, inputs.gate
     floating, rounded = dict[int, Tensor](), dict[int, Tensor]()
     total = len(gate.steps) * (2 if quantized else 1)
-    with quantizers_off(reference):
+    with reference.quantizers_off():
         for step in gate.steps:
             floating[step] = answer(reference, samples, step)
             on_call(len(floating), total)
@@ -55,23 +54,6 @@ def reference_outputs(
     return ReferenceOutputs(floating, rounded)
 
 
-def answer(reference: Any, samples: TeacherSamples, step: int) -> Tensor:
+def answer(reference: Reference, samples: TeacherSamples, step: int) -> Tensor:
     """The reference's guided output on the teacher's inputs of a step."""
     return samples.guided(reference, samples.extra)(samples.model_inputs[step], step)
-
-
-class quantizers_off:
-    """The reference's activation quantizers disabled for a block; a floating-point reference has none."""
-
-    def __init__(self, reference: Any) -> None:
-        self.quantizers = list(getattr(reference, "quantizers", {}).values())
-
-    def __enter__(self) -> None:
-        self._set(False)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(True)
-
-    def _set(self, enabled: bool) -> None:
-        for quantizer in self.quantizers:
-            quantizer.enabled = enabled
