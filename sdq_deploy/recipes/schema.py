@@ -13,7 +13,6 @@ from sdq_engines.formats import PrecisionName
 from sdq_engines.guidance import Guidance
 
 __all__ = [
-    "SCHEDULERS",
     "Calibrate",
     "Collect",
     "EfficientDM",
@@ -41,8 +40,6 @@ Method = Literal["s2p", "ptq", "ptq-reconstruction", "efficientdm"]
 PtqAlgorithm = Literal["search", "max", "mse", "percentile", "smoothquant", "awq", "svdquant"]
 
 #: Scheduler names; "default" is the checkpoint's own.
-SCHEDULERS = ("default", "ddim", "pndm", "euler", "euler-ancestral", "dpmpp-2m", "lcm", "flow-euler")
-
 Scheduler = Literal["default", "ddim", "pndm", "euler", "euler-ancestral", "dpmpp-2m", "lcm", "flow-euler"]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Bits = Literal[4, 8]

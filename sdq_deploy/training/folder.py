@@ -25,7 +25,6 @@ class RunFolder:
         self.model = path / "model"
         self.prepared = self.model / "prepared.json"
         self.dataset = path / "dataset"
-        self.tables = path / "tables.safetensors"
         self.scales = path / "scales.safetensors"
         self.sensitivity = path / "sensitivity.json"
         self.fit = path / "fit"

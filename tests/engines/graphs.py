@@ -14,7 +14,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from sdq_engines.package.layout import COMPONENTS, VAE_ENCODER
+from sdq_engines.package.layout import DENOISER, PROLOGUE, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
+
+#: The components that every package has, in the order in which a prompt passes through them.
+COMPONENTS = (TEXT_ENCODER, PROLOGUE, DENOISER, VAE_DECODER)
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0"

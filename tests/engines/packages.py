@@ -9,7 +9,7 @@ from safetensors.numpy import save
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from sdq_engines.package.editor import PackageEditor
-from sdq_engines.package.layout import LICENSE, SAMPLER, TOKENIZER, model_file
+from sdq_engines.package.layout import LICENSE, SAMPLER, model_file, tokenizer_file
 from sdq_engines.package.schema import CallDefaults, Manifest, ModelIO, SamplerInfo, SourceInfo, TextInfo
 from sdq_engines.package.store import Package
 from tests.engines.graphs import KEY, VALUE, TinyShape, component
@@ -55,7 +55,11 @@ def sampler_tables(shape: TinyShape) -> dict[str, np.ndarray]:
 def manifest(shape: TinyShape) -> Manifest:
     begin, end = len(WORDS) + 1, len(WORDS) + 2
     text = TextInfo(
-        tokenizer=TOKENIZER, max_length=shape.tokens, pad_token_id=end, bos_token_id=begin, eos_token_id=end
+        tokenizer=tokenizer_file("tokenizer"),
+        max_length=shape.tokens,
+        pad_token_id=end,
+        bos_token_id=begin,
+        eos_token_id=end,
     )
     sampler = SamplerInfo(
         scheduler="DDIMScheduler",
@@ -91,7 +95,7 @@ def make_package(folder: Path, shape: TinyShape) -> Package:
     editor = PackageEditor.create(folder)
     for name in shape.components:
         editor.add_bytes(model_file(name), component(name, shape).SerializeToString())
-    editor.add_bytes(TOKENIZER, tokenizer().to_str().encode())
+    editor.add_bytes(tokenizer_file("tokenizer"), tokenizer().to_str().encode())
     editor.add_bytes(SAMPLER, save(sampler_tables(shape)))
     editor.add_bytes(LICENSE, b"CC0\n")
     return editor.commit(manifest(shape))

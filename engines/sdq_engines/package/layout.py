@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 __all__ = [
-    "COMPONENTS",
     "DENOISER",
     "ENGINES",
     "LICENSE",
@@ -12,7 +11,6 @@ __all__ = [
     "PROLOGUE",
     "SAMPLER",
     "TEXT_ENCODER",
-    "TOKENIZER",
     "VAE_DECODER",
     "VAE_ENCODER",
     "engine_folder",
@@ -25,7 +23,6 @@ MANIFEST = "manifest.json"
 LICENSE = "LICENSE"
 NOTICE = "NOTICE"
 SAMPLER = "sampler.safetensors"
-TOKENIZER = "tokenizer/tokenizer.json"
 ENGINES = "engines"
 
 TEXT_ENCODER = "text_encoder"
@@ -33,11 +30,6 @@ PROLOGUE = "prologue"
 DENOISER = "denoiser"
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
-
-#: The components that every package has, in the order in which a prompt passes through them. A family with several text
-#: encoders adds `text_encoder_2`, ..., and a package that may start from images `vae_encoder`; its own list is in its
-#: manifest.
-COMPONENTS = (TEXT_ENCODER, PROLOGUE, DENOISER, VAE_DECODER)
 
 
 def runs_per_prompt(component: str) -> bool:

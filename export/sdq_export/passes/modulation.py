@@ -25,6 +25,7 @@ from sdq_export.graph import (
     rename,
 )
 from sdq_export.passes.clean_up import RemoveDeadCode
+from sdq_export.passes.prompt_rows import activated_rows, read_batch_from_latents, step_row
 from sdq_export.passes.time_tables import STEP_INPUT
 
 __all__ = ["CONTEXT", "CutModulation", "KeepModulation"]
@@ -93,16 +94,10 @@ class KeepModulation(ir.passes.InPlacePass):
 
     def _activated_rows(self, graph: ir.Graph, text: ir.Value, first: ir.Node) -> ir.Value:
         """silu(table[t] + text) of every step, [batch * T, C]."""
-        steps, channels = self.table.shape
-        new = NodeList()
-        axis = constant(graph, "modulation.axis_1", np.array([1], np.int64))
+        new, channels = NodeList(), self.table.shape[1]
+        rows = activated_rows(graph, new, text, self.table, _TIME_TEXT, self.batch)
         flat = constant(graph, "modulation.flat", np.array([-1, channels], np.int64))
-        table = constant(graph, f"{_TIME_TEXT}.table", self.table.astype(np.float32)[None])
-        column = new.add("Unsqueeze", [text, axis], f"{_TIME_TEXT}/text_row", shape=[self.batch, 1, channels])
-        total = new.add("Add", [column, table], f"{_TIME_TEXT}/rows", shape=[self.batch, steps, channels])
-        rows = new.add("Reshape", [total, flat], f"{_TIME_TEXT}/flat_rows", shape=[_ROWS, channels])
-        gate = new.add("Sigmoid", [rows], f"{_TIME_TEXT}/sigmoid")
-        value = new.add("Mul", [rows, gate], f"{_TIME_TEXT}/silu")
+        value = new.add("Reshape", [rows, flat], f"{_TIME_TEXT}/flat_rows", shape=[_ROWS, channels])
         graph.insert_before(first, new.nodes)
         return value
 
@@ -138,12 +133,10 @@ class CutModulation(ir.passes.InPlacePass):
         context, norms = _context(model), _modulations(model)
         step = add_input(graph, STEP_INPUT, ir.DataType.INT64, [])
         _replace_by_input(graph, context, CONTEXT)
-        _read_batch_from_latents(graph)
+        read_batch_from_latents(graph)
         for name, linear in norms.items():
-            batch = _batch(linear)
-            rows = add_input(graph, name, ir.DataType.FLOAT, [batch, self.steps, _width(linear)])
-            new = NodeList()
-            row = new.add("Gather", [rows, step], f"{name}_row", shape=[batch, _width(linear)], attributes={"axis": 1})
+            new, shape = NodeList(), (_batch(linear), self.steps, _width(linear))
+            row = step_row(graph, new, step, name, f"{name}_row", shape)
             graph.insert_after(linear, new.nodes)
             ir.convenience.replace_all_uses_with(linear.outputs[0], row)
         RemoveDeadCode()(model)
@@ -171,16 +164,6 @@ def _replace_by_input(graph: ir.Graph, node: ir.Node, name: str) -> None:
         graph, name, ir.DataType.FLOAT, [dim if isinstance(dim, int) else str(dim) for dim in output.shape]
     )
     ir.convenience.replace_all_uses_with(output, value)
-
-
-def _read_batch_from_latents(graph: ir.Graph) -> None:
-    """A graph of free size reads its batch size from an input, perhaps one of the texts that are cut away."""
-    latents = next(value for value in graph.inputs if value.name == "sample")
-    for node in graph:
-        if node.op_type != "Shape" or node.inputs[0] not in graph.inputs:
-            continue
-        if (node.attributes.get_int("start", 0), node.attributes.get_int("end", -1)) == (0, 1):
-            node.replace_input_with(0, latents)
 
 
 def _context(model: ir.Model) -> ir.Node:

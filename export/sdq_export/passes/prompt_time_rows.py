@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 
 from sdq_export.graph import NodeList, add_input, array_of, constant, drop_unused_inputs, layers_of, rename
 from sdq_export.passes.clean_up import RemoveDeadCode
+from sdq_export.passes.prompt_rows import activated_rows, read_batch_from_latents, step_row
 from sdq_export.passes.time_tables import STEP_INPUT, no_time_path_left, time_addition
 
 __all__ = ["CutTimeRows", "OutputTimeRows"]
-
-#: The captured graph's name for the latents.
-_LATENTS = "sample"
 
 _PROJECTION, _ADDED = ".time_emb_proj", "add_embedding.linear_2"
 
@@ -43,15 +41,8 @@ class OutputTimeRows(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Add in place."""
         graph, layers = model.graph, layers_of(model)
-        steps, width = self.table.shape
-        added = layers[_ADDED].outputs[0]
         new = NodeList()
-        axis = constant(graph, "time_rows.axis", np.array([1], np.int64))
-        stored = constant(graph, "time_rows.table", np.asarray(self.table, np.float32))
-        each = new.add("Unsqueeze", [added, axis], "time_rows/added", shape=["2*batch", 1, width])
-        summed = new.add("Add", [each, stored], "time_rows/embedding", shape=["2*batch", steps, width])
-        gate = new.add("Sigmoid", [summed], "time_rows/sigmoid")
-        active = new.add("Mul", [summed, gate], "time_rows/silu")
+        active = activated_rows(graph, new, layers[_ADDED].outputs[0], self.table, "time_rows", "2*batch")
         graph.outputs.extend(self._rows(graph, new, block, layers, active) for block in _blocks(layers))
         graph.extend(new.nodes)
         return ir.passes.PassResult(model, modified=True)
@@ -103,7 +94,7 @@ class CutTimeRows(ir.passes.InPlacePass):
         axes = constant(graph, "time_rows.axes", np.array([2, 3], np.int64))
         for block in _blocks(layers):
             self._replace(graph, block, layers, step, axes)
-        _read_batch_elsewhere(graph, self.inputs)
+        read_batch_from_latents(graph)
         RemoveDeadCode()(model)
         drop_unused_inputs(graph, self.inputs)
         return ir.passes.PassResult(model, modified=True)
@@ -121,25 +112,15 @@ class CutTimeRows(ir.passes.InPlacePass):
     def _replace(self, graph: ir.Graph, block: str, layers: dict[str, ir.Node], step: ir.Value, axes: ir.Value) -> None:
         convolution, addition = layers[f"{block}.conv1"], time_addition(block, layers)
         channels = array_of(convolution.inputs[1]).shape[0]
-        rows = add_input(graph, f"{block}.time_rows", ir.DataType.FLOAT, ["2*batch", self.num_steps, channels])
         new = NodeList()
-        row = new.add("Gather", [rows, step], f"{block}/time_row", shape=["2*batch", channels], attributes={"axis": 1})
+        shape = ("2*batch", self.num_steps, channels)
+        row = step_row(graph, new, step, f"{block}.time_rows", f"{block}/time_row", shape)
         spread = new.add("Unsqueeze", [row, axes], f"{block}/time_row_4d", shape=["2*batch", channels, 1, 1])
         graph.insert_before(addition, new.nodes)
         convolution.resize_inputs(2)  # its bias is in the rows
         addition.replace_input_with(0, convolution.outputs[0])
         addition.replace_input_with(1, spread)
         rename(addition, f"{block}/add_time_row")
-
-
-def _read_batch_elsewhere(graph: ir.Graph, inputs: Sequence[str]) -> None:
-    """Where a free size makes the graph ask an input that goes for the batch's length, ask the latents."""
-    latents = next(value for value in graph.inputs if value.name == _LATENTS)
-    for value in (value for value in graph.inputs if value.name in inputs):
-        for use in list(value.uses()):
-            end = use.node.attributes.get("end")
-            if use.node.op_type == "Shape" and end is not None and end.as_int() == 1:
-                use.node.replace_input_with(use.idx, latents)
 
 
 def _blocks(layers: dict[str, ir.Node]) -> list[str]:

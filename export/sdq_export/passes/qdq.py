@@ -15,7 +15,7 @@ from sdq_export.checkpoint import scale_key
 from sdq_export.graph import NodeList, constant
 from sdq_export.quantspec import ActivationSite
 
-__all__ = ["QuantizeActivations", "quantize_dequantize", "site_input"]
+__all__ = ["QuantizeActivations", "SiteInputs", "quantize_dequantize"]
 
 
 class QuantizeActivations(ir.passes.InPlacePass):
@@ -38,8 +38,9 @@ class QuantizeActivations(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Insert in place."""
+        inputs = SiteInputs(model)
         for site in self.sites:
-            consumers, source = site_input(model, site)
+            consumers, source = inputs.of(site)
             new = NodeList()
             scale = np.asarray(self.tensors[scale_key(site.name)], np.float32).reshape(())
             dequantized = quantize_dequantize(model.graph, new, source, scale, site.format, site.consumers[0])
@@ -50,35 +51,49 @@ class QuantizeActivations(ir.passes.InPlacePass):
 
     def requires(self, model: ir.Model) -> None:
         """Every site is one tensor."""
+        inputs = SiteInputs(model)
         for site in self.sites:
-            site_input(model, site)
+            inputs.of(site)
 
     def ensures(self, model: ir.Model) -> None:
         """Every consumer reads quantized values."""
-        for site in self.sites:
-            for layer in quantized_layers(model):
-                if layer.name in site.consumers:
-                    source = layer.node.inputs[0]
-                    producer = source.producer() if source is not None else None
-                    if producer is None or producer.op_type != "DequantizeLinear":
-                        raise ir.passes.PostconditionError(f"{layer.name} does not read a DequantizeLinear")
+        consumers = {layer for site in self.sites for layer in site.consumers}
+        for layer in quantized_layers(model):
+            if layer.name in consumers:
+                source = layer.node.inputs[0]
+                producer = source.producer() if source is not None else None
+                if producer is None or producer.op_type != "DequantizeLinear":
+                    raise ir.passes.PostconditionError(f"{layer.name} does not read a DequantizeLinear")
 
 
-def site_input(model: ir.Model, site: ActivationSite) -> tuple[list[ir.Node], ir.Value]:
-    """The operators that consume a site, in graph order, and the one tensor that they read.
+class SiteInputs:
+    """The operators of a graph's quantized layers, looked for once: which of them consume a site, and what they read.
 
-    Raises:
-        PreconditionError: a consumer is missing or reads another tensor.
+    Args:
+        model: its layers may be given other inputs meanwhile, but no layer may come or go.
     """
-    consumers = [layer.node for layer in quantized_layers(model) if layer.name in site.consumers]
-    if len(consumers) != len(site.consumers):
-        raise ir.passes.PreconditionError(
-            f"{site.name}: {len(site.consumers)} consumers wanted, {len(consumers)} found"
-        )
-    source = consumers[0].inputs[0]
-    if source is None or any(node.inputs[0] is not source for node in consumers):
-        raise ir.passes.PreconditionError(f"{site.name}: its consumers {site.consumers} do not read the same tensor")
-    return consumers, source
+
+    def __init__(self, model: ir.Model) -> None:
+        self._order = {layer.name: (place, layer.node) for place, layer in enumerate(quantized_layers(model))}
+
+    def of(self, site: ActivationSite) -> tuple[list[ir.Node], ir.Value]:
+        """The operators that consume a site, in graph order, and the one tensor that they read.
+
+        Raises:
+            PreconditionError: a consumer is missing or reads another tensor.
+        """
+        found = sorted((self._order[name] for name in site.consumers if name in self._order), key=lambda each: each[0])
+        consumers = [node for _, node in found]
+        if len(consumers) != len(site.consumers):
+            raise ir.passes.PreconditionError(
+                f"{site.name}: {len(site.consumers)} consumers wanted, {len(consumers)} found"
+            )
+        source = consumers[0].inputs[0]
+        if source is None or any(node.inputs[0] is not source for node in consumers):
+            raise ir.passes.PreconditionError(
+                f"{site.name}: its consumers {site.consumers} do not read the same tensor"
+            )
+        return consumers, source
 
 
 def quantize_dequantize(

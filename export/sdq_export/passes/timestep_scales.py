@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import scale_key
 from sdq_export.graph import NodeList, array_of, constant, insert_after, module_of, rename
-from sdq_export.passes.qdq import QuantizeActivations, quantize_dequantize, site_input
+from sdq_export.passes.qdq import QuantizeActivations, SiteInputs, quantize_dequantize
 from sdq_export.passes.time_tables import STEP_INPUT
 from sdq_export.quantspec import ActivationSite
 
@@ -55,24 +55,26 @@ class TimestepScales(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Insert in place."""
         step = next(value for value in model.graph.inputs if value.name == STEP_INPUT)
+        inputs = SiteInputs(model)
         for site in self.sites:
-            self._insert(model, site, step)
+            self._insert(model.graph, site, inputs, step)
         return ir.passes.PassResult(model, modified=bool(self.sites))
 
     def requires(self, model: ir.Model) -> None:
         """There is a step, and every site is one tensor."""
         if not any(value.name == STEP_INPUT for value in model.graph.inputs):
             raise ir.passes.PreconditionError(f"the graph has no input {STEP_INPUT}")
+        inputs = SiteInputs(model)
         for site in self.sites:
-            site_input(model, site)
+            inputs.of(site)
 
     def ensures(self, model: ir.Model) -> None:
         """Every consumer reads quantized values."""
         QuantizeActivations(self.sites, self.tensors).ensures(model)
 
-    def _insert(self, model: ir.Model, site: ActivationSite, step: ir.Value) -> None:
-        graph, first = model.graph, site.consumers[0]
-        consumers, source = site_input(model, site)
+    def _insert(self, graph: ir.Graph, site: ActivationSite, inputs: SiteInputs, step: ir.Value) -> None:
+        first = site.consumers[0]
+        consumers, source = inputs.of(site)
         per_step = np.asarray(self.tensors[scale_key(site.name)], np.float32)[list(site.groups)]
         reference = reference_scale(per_step)
         _check_ratios(site, per_step, reference)
