@@ -36,7 +36,17 @@ def pytest_unconfigure() -> None:
 
 #: What a file imports, or a test asks for, that exports, builds or trains a model.
 _EXPORTS = {
-    *("export_package", "build_engine", "run_training", "train", "start_worker", "run_workers", "launch_nodes"),
+    *(
+        "export_package",
+        "export_run",
+        "export_model",
+        "build_engine",
+        "run_training",
+        "train",
+        "start_worker",
+        "run_workers",
+        "launch_nodes",
+    ),
     *("run_method", "run_evaluate", "built", "copy", "full", "finished_run", "float_package", "quantized_package"),
     *("other_family", "captured", "captured_denoiser", "checkpoint"),
 }

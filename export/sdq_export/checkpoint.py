@@ -24,6 +24,7 @@ from sdq_engines.files import atomic_write, atomic_write_text
 from sdq_export.embeddings import Embedding, packed, unpacked
 from sdq_export.quantspec import QuantSpec, WeightSite
 from sdq_export.rounding import round_, stored_dtype
+from sdq_export.sampler import SamplerPlan, compile_sampler, saved_scheduler
 from sdq_export.text_settings import TextSettings
 
 __all__ = [
@@ -70,6 +71,10 @@ class SamplerSettings(_Strict):
     num_inference_steps: int
     guidance_scale: float
 
+    def compile(self) -> SamplerPlan:
+        """The sampler, compiled."""
+        return compile_sampler(saved_scheduler(self.scheduler, self.config), self.num_inference_steps)
+
 
 class CheckpointInfo(_Strict):
     """Everything in quant.json."""
@@ -90,6 +95,8 @@ class QuantizedCheckpoint:
 
     info: CheckpointInfo
     tensors: dict[str, Tensor]
+    embeddings: tuple[Embedding, ...] = ()
+    """The textual inversions that prompts of the training could name."""
 
     @property
     def spec(self) -> QuantSpec:
@@ -168,7 +175,7 @@ def load_checkpoint(folder: str | Path) -> QuantizedCheckpoint:
         _check_tensors(info.spec, tensors)
     except (OSError, ValidationError, SafetensorError, ValueError) as error:
         raise SdqError(f"The quantized checkpoint in {path} is damaged: {error}", "Train it again.") from error
-    return QuantizedCheckpoint(info=info, tensors=tensors)
+    return QuantizedCheckpoint(info=info, tensors=tensors, embeddings=tuple(load_embeddings(path)))
 
 
 def load_embeddings(folder: str | Path) -> list[Embedding]:

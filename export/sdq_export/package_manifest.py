@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
-from sdq_engines.package.layout import model_file
+from sdq_engines.package.layout import PROLOGUE, model_file
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
-from sdq_export.checkpoint import QuantizedCheckpoint
+from sdq_export.components import component_names
+from sdq_export.output import staged_path
 from sdq_export.parity import ParityReport
 from sdq_export.passes.prologue import prologue_names
 from sdq_export.provenance import source_info, tool_versions
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.source import Source
-from sdq_export.storage import Dtype
+from sdq_export.stages import ExportJob
 from sdq_export.tokenizer import text_info
 
 __all__ = ["free_size_of", "make_manifest", "sampler_info"]
 
 
-def make_manifest(
-    folder: Path,
-    source: Source,
-    plan: SamplerPlan,
-    guidance_scale: float,
-    checkpoint: QuantizedCheckpoint | None,
-    dtype: Dtype,
-    components: Sequence[str],
-    prologue: ir.Model,
-    report: ParityReport,
-    free_size: Mapping[str, int],
-) -> Manifest:
+def make_manifest(folder: Path, job: ExportJob, report: ParityReport, free_size: Mapping[str, int]) -> Manifest:
+    """The manifest of an export whose graphs are staged.
+
+    Args:
+        folder: the package's.
+        job: the export.
+        report: what parity measured.
+        free_size: of `free_size_of`, where the size is free.
+    """
+    source, checkpoint = job.source, job.checkpoint
+    prologue = ir.load(staged_path(job.staging, PROLOGUE))
+    components = component_names(source, job.settings.vae_encoder)
     family = source.family
     return Manifest(
         name=folder.resolve().name,
         family=family.name,
-        precision=checkpoint.spec.precision if checkpoint else dtype,
+        precision=checkpoint.spec.precision if checkpoint else job.settings.dtype,
         io=ModelIO(
             latent_shape=family.latent_shape(source),
             image_size=family.image_size(source),
@@ -48,7 +49,7 @@ def make_manifest(
             extra_channels=family.extra_channels(source.skeleton),
         ),
         text=[text_info(source, encoder) for encoder in family.text_encoders],
-        sampler=sampler_info(plan, guidance_scale),
+        sampler=sampler_info(job.plan, job.guidance_scale),
         defaults=family.call_defaults,
         source=source_info(source, checkpoint),
         components={name: model_file(name) for name in components},

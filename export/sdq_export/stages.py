@@ -36,8 +36,8 @@ from sdq_export.parity.rounded import rounded_text_encoder, rounded_vae_decoder,
 from sdq_export.parity.samples import TeacherSamples, parity_prompts, record_teacher
 from sdq_export.reference import move_reference_
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source
-from sdq_export.storage import Storage
 
 __all__ = ["ExportJob", "OnStage"]
 
@@ -50,7 +50,7 @@ class ExportJob:
     """One export under way; its methods are its stages, in order.
 
     Attributes:
-        source, plan, guidance_scale, checkpoint, storage, prompts, vae_encoder, dynamic_size: as of `export_package`.
+        source, plan, guidance_scale, checkpoint, settings: as of `export_package`.
         gate: what of the denoiser's run is looked at.
         device: where teacher, reference and, if ONNX Runtime can, the denoiser's graphs run: "cpu" or "cuda".
         staging: where graphs are written.
@@ -61,10 +61,7 @@ class ExportJob:
     plan: SamplerPlan
     guidance_scale: float
     checkpoint: QuantizedCheckpoint | None
-    storage: Storage
-    prompts: Sequence[str]
-    vae_encoder: bool
-    dynamic_size: bool
+    settings: PackageSettings
     gate: Gate
     device: str
     staging: Path
@@ -83,15 +80,17 @@ class ExportJob:
         """Encode the prompts of parity, and make every text encoder's graph."""
         family = self.source.family
         self.on_stage("encoding the prompts", 0, 0)
-        conditioning = family.encode_prompts(self.source, parity_prompts(tuple(self.prompts), self.gate.samples))
+        conditioning = family.encode_prompts(self.source, parity_prompts(self.settings.prompts, self.gate.samples))
         for encoder in family.text_encoders:
             self.on_stage(f"capturing the {encoder.component.replace('_', ' ')}", 0, 0)
-            graph, module = make_text_encoder(self.source, encoder, self.storage.dtype, self.storage.text_encoder)
+            graph, module = make_text_encoder(self.source, encoder, self.settings.dtype, self.settings.text_encoder)
             file = self._written(encoder.component, graph)
             del graph
-            self.criteria.append(check_text_encoder(file, module, self.source, encoder, self.prompts))
-            if (integers := self.storage.text_encoder) is not None:
-                self.criteria.append(rounded_text_encoder(module, self.source, encoder, self.prompts, integers))
+            self.criteria.append(check_text_encoder(file, module, self.source, encoder, self.settings.prompts))
+            if (integers := self.settings.text_encoder) is not None:
+                self.criteria.append(
+                    rounded_text_encoder(module, self.source, encoder, self.settings.prompts, integers)
+                )
             del module
             self._release(encoder.component)
         return conditioning
@@ -109,11 +108,11 @@ class ExportJob:
 
     def vae(self, samples: TeacherSamples) -> None:
         """Make the VAE's graphs; what the decoder draws is what the encoder is compared on."""
-        storage, latents = self.storage, [samples.last]
-        if self.dynamic_size:
+        storage, latents = self.settings, [samples.last]
+        if self.settings.dynamic_size:
             latents.append(OtherSize(self.source, samples).latents[:1])
         self.on_stage("capturing the VAE decoder", 0, 0)
-        graph, decoder = make_vae_decoder(self.source, storage.dtype, self.dynamic_size, storage.vae)
+        graph, decoder = make_vae_decoder(self.source, storage.dtype, self.settings.dynamic_size, storage.vae)
         file = self._written(VAE_DECODER, graph)
         del graph
         images = [_drawn(decoder, each) for each in latents]
@@ -122,14 +121,14 @@ class ExportJob:
         if storage.vae is not None:
             self.criteria.append(rounded_vae_decoder(decoder, self.source, latents[0], storage.vae))
         del decoder
-        if self.vae_encoder:
+        if self.settings.vae_encoder:
             self._vae_encoder(images, latents[0])
         self._release("vae")
 
     def _vae_encoder(self, images: Sequence[Tensor], latents: Tensor) -> None:
-        storage = self.storage
+        storage = self.settings
         self.on_stage("capturing the VAE encoder", 0, 0)
-        graph, encoder = make_vae_encoder(self.source, storage.dtype, self.dynamic_size, storage.vae)
+        graph, encoder = make_vae_encoder(self.source, storage.dtype, self.settings.dynamic_size, storage.vae)
         file = self._written(VAE_ENCODER, graph)
         del graph
         found = [check_vae_encoder(file, encoder, each) for each in images]
@@ -143,7 +142,7 @@ class ExportJob:
         The reference answers first and is let go of before the graphs are opened: a large network is in memory once.
         """
         self.on_stage("capturing the denoiser", 0, 0)
-        other = OtherSize(self.source, samples) if self.dynamic_size else None
+        other = OtherSize(self.source, samples) if self.settings.dynamic_size else None
         middle, quantized = self.plan.calls // 2, self.checkpoint is not None
         reference, files = self._denoiser_files(samples)
         give_back_memory()
@@ -170,14 +169,20 @@ class ExportJob:
 
     def _denoiser_files(self, samples: TeacherSamples) -> tuple[Any, DenoiserFiles]:
         """The reference, and the graphs that must equal it."""
-        reference = make_reference(self.source, self.plan, self.checkpoint, self.storage.dtype)
+        reference = make_reference(self.source, self.plan, self.checkpoint, self.settings.dtype)
         integer_layers = list[str]()
-        if (integers := self.storage.prologue) is not None:
+        if (integers := self.settings.prologue) is not None:
             self.on_stage(f"parity, {integers.upper()} prologue", 0, 0)
             integer_layers, criterion = round_prologue_(reference, samples, self.gate.site_steps, integers)
             self.criteria.append(criterion)
         graphs = make_denoiser(
-            self.source, self.plan, reference, self.checkpoint, self.storage.dtype, self.dynamic_size, integer_layers
+            self.source,
+            self.plan,
+            reference,
+            self.checkpoint,
+            self.settings.dtype,
+            self.settings.dynamic_size,
+            integer_layers,
         )
         files = DenoiserFiles(self._written(DENOISER, graphs.denoiser), self._written(PROLOGUE, graphs.prologue))
         return reference, files

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
 from sdq_engines.errors import SdqError
 from sdq_engines.in_progress import in_progress, what_was_killed
-from sdq_engines.package.layout import PROLOGUE
 from sdq_engines.package.store import Package
 from sdq_export.checkpoint import QuantizedCheckpoint
-from sdq_export.components import component_names
-from sdq_export.devices import DeviceChoice, choose_device, full_fp32, memory_errors_named
+from sdq_export.devices import choose_device, full_fp32, memory_errors_named
 from sdq_export.forecast import ExportForecast, forecast_export
-from sdq_export.output import claimed_output, staged_path, staging_folder, write_files
+from sdq_export.output import claimed_output, staging_folder, write_files
 from sdq_export.package_manifest import free_size_of, make_manifest
-from sdq_export.parity import Gate, GateChoice, ParityReport, TeacherSamples
+from sdq_export.parity import Gate, ParityReport, TeacherSamples
 from sdq_export.parity.budget import choose_gate
-from sdq_export.parity.samples import PARITY_PROMPTS
 from sdq_export.sampler.plan import SamplerPlan
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source
 from sdq_export.source_files import require_same_model
 from sdq_export.stages import ExportJob, OnStage
-from sdq_export.storage import Dtype, IntegerDtype, Storage
 
 __all__ = ["ExportResult", "OnNotice", "OnStage", "export_package"]
 
@@ -51,19 +46,9 @@ def export_package(
     out: str | Path,
     plan: SamplerPlan,
     guidance_scale: float,
+    settings: PackageSettings = PackageSettings(),
     *,
     checkpoint: QuantizedCheckpoint | None = None,
-    dtype: Dtype = "fp16",
-    prologue: IntegerDtype | None = None,
-    text_encoder: IntegerDtype | None = None,
-    vae: IntegerDtype | None = None,
-    prompts: Sequence[str] = PARITY_PROMPTS,
-    vae_encoder: bool = True,
-    dynamic_size: bool = False,
-    gate: GateChoice = "auto",
-    device: DeviceChoice = "auto",
-    engines: Sequence[str] = (),
-    force: bool = False,
     on_stage: OnStage = lambda name, done, total: None,
     on_notice: OnNotice = lambda sentence: None,
 ) -> ExportResult:
@@ -74,18 +59,8 @@ def export_package(
         out: the package's folder: new, empty, or a package to replace.
         plan: the sampler, with its steps.
         guidance_scale: the package's default.
+        settings: how it is stored, what it can do, how it is proved.
         checkpoint: the quantized denoiser; None exports the source in floating point.
-        dtype: how floating-point weights are stored.
-        prologue: store those of a quantized package's prologue as integers; gated by its own parity criterion.
-        text_encoder: store those of the text encoders as integers, gated likewise.
-        vae: store those of the VAE as integers, gated likewise.
-        prompts: for the parity samples.
-        vae_encoder: whether the package may start from images.
-        dynamic_size: leave height and width free in the graphs, for engines of other sizes.
-        gate: how much of the denoiser's run parity looks at: "full", a number of calls, or by the denoiser's size.
-        device: where teacher, reference and gate run; "auto" is the GPU where torch has one.
-        engines: that will be built of it: their builders' memory is foreseen too.
-        force: export although the memory or the disk does not seem to suffice.
         on_stage: hears what is being done.
         on_notice: hears what a large model's export will take, and that an earlier one was killed here.
 
@@ -94,12 +69,7 @@ def export_package(
             (nothing is written then).
     """
     _check_match(source, plan, checkpoint)
-    if prologue is not None and checkpoint is None:
-        raise SdqError(
-            f"An {prologue.upper()} prologue is for quantized packages.",
-            "Leave --prologue out, or export a training run.",
-        )
-    storage = Storage(dtype, prologue, text_encoder, vae)
+    _check_prologue(settings, checkpoint)
     source = source.for_spec(checkpoint.spec if checkpoint else None)
     if killed := what_was_killed(out):
         on_notice(killed)
@@ -110,27 +80,34 @@ def export_package(
             on_stage(name, done, total)
 
         source.family.check_source(source)
-        _check_encoder(source, vae_encoder)
-        parameters = sum(parameter.numel() for parameter in source.skeleton.parameters())
-        shape, quantized = source.family.latent_shape(source), checkpoint is not None
-        chosen = choose_gate(gate, plan.calls, shape, parameters, quantized)
-        where = choose_device(device, parameters)
-        free_size = free_size_of(source) if dynamic_size else {}
-        _foresee(forecast_export(source, chosen, quantized, where, engines), folder, force, on_notice)
-        job = ExportJob(
-            source, plan, guidance_scale, checkpoint, storage, prompts, vae_encoder, dynamic_size, chosen, where,
-            staging, stage,
-        )  # fmt: skip
-        with full_fp32(), memory_errors_named(where):
+        _check_encoder(source, settings.vae_encoder)
+        free_size = free_size_of(source) if settings.dynamic_size else {}
+        job = _planned(source, plan, guidance_scale, settings, checkpoint, staging, stage)
+        forecast = forecast_export(source, job.gate, checkpoint is not None, job.device, settings.engines)
+        _foresee(forecast, folder, settings.force, on_notice)
+        with full_fp32(), memory_errors_named(job.device):
             report, samples = job.run()
         report.require()
         stage("writing", 0, 0)
-        components, graph = component_names(source, vae_encoder), ir.load(staged_path(staging, PROLOGUE))
-        manifest = make_manifest(
-            folder, source, plan, guidance_scale, checkpoint, dtype, components, graph, report, free_size
-        )
-        package = write_files(folder, staging, source, plan, manifest)
-    return ExportResult(package, report, plan, samples, chosen)
+        package = write_files(folder, staging, source, plan, make_manifest(folder, job, report, free_size))
+    return ExportResult(package, report, plan, samples, job.gate)
+
+
+def _planned(
+    source: Source,
+    plan: SamplerPlan,
+    guidance_scale: float,
+    settings: PackageSettings,
+    checkpoint: QuantizedCheckpoint | None,
+    staging: Path,
+    on_stage: OnStage,
+) -> ExportJob:
+    """The export with its gate and its device chosen, by the size of the denoiser."""
+    parameters = sum(parameter.numel() for parameter in source.skeleton.parameters())
+    shape = source.family.latent_shape(source)
+    gate = choose_gate(settings.gate, plan.calls, shape, parameters, checkpoint is not None)
+    device = choose_device(settings.device, parameters)
+    return ExportJob(source, plan, guidance_scale, checkpoint, settings, gate, device, staging, on_stage)
 
 
 def _foresee(found: ExportForecast, folder: Path, force: bool, on_notice: OnNotice) -> None:
@@ -147,6 +124,14 @@ def _check_encoder(source: Source, vae_encoder: bool) -> None:
         raise SdqError(
             "An inpainting model needs its VAE encoder: it takes the masked image's latents.",
             "Leave --no-vae-encoder out.",
+        )
+
+
+def _check_prologue(settings: PackageSettings, checkpoint: QuantizedCheckpoint | None) -> None:
+    if settings.prologue is not None and checkpoint is None:
+        raise SdqError(
+            f"An {settings.prologue.upper()} prologue is for quantized packages.",
+            "Leave --prologue out, or export a training run.",
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sdq_deploy.cli.shared import Interrupted, JsonOption, console, print_json, require_extra
+from sdq_deploy.cli.shared import JsonOption, print_json, require_extra
+from sdq_deploy.display.consoles import console
 from sdq_deploy.models import EMBEDDED
 
 __all__ = ["register"]
@@ -41,7 +41,6 @@ def demo(
     Example: sdq-deploy demo --out build/demo
     """
     require_extra("train", "torch", "diffusers", "modelopt", "torchmetrics", "jinja2")
-    from sdq_deploy.cli.main import app
     from sdq_deploy.demo.report import engine_table, variant_table, write_report
     from sdq_deploy.demo.run import DemoSettings, run_demo
     from sdq_deploy.recipes.load import load_recipe, parse_assignments
@@ -51,26 +50,19 @@ def demo(
     load_recipe(EMBEDDED, parse_assignments(assignments or []))
     engines = tuple(dict.fromkeys(choose_engine(name) for name in engine or _ENGINES))
 
-    def command(arguments: list[str]) -> None:
-        # What the commands of the stages print as their results is progress here.
-        stdout, sys.stdout = sys.stdout, sys.stderr
-        try:
-            app(args=arguments, standalone_mode=False)
-        finally:
-            sys.stdout = stdout
-
-    options = [] if max_train_steps is None else ["--max-train-steps", str(max_train_steps)]
-    options += [word for assignment in assignments or [] for word in ("--set", assignment)]
+    values = list(assignments or [])
+    if max_train_steps is not None:
+        values.append(f"fit.max_train_steps={max_train_steps}")
     settings = DemoSettings(
         out=out,
         engines=engines,
         num_images=images,
-        train_options=tuple(options),
+        assignments=tuple(values),
         seed=seed,
     )
     try:
-        report = run_demo(settings, command)
-    except (Interrupted, KeyboardInterrupt) as interrupt:
+        report = run_demo(settings)
+    except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt("Run the same command again: finished stages are kept.") from interrupt
     page = write_report(report, out)
     if json:

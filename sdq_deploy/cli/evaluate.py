@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdq_deploy.cli.shared import (
-    ConfigOption,
-    JsonOption,
-    VaeFromOption,
-    console,
-    new_progress,
-    new_status,
-    print_json,
-    require_extra,
-    status_console,
-)
+from sdq_deploy.cli.shared import ConfigOption, JsonOption, VaeFromOption, print_json, require_extra
+from sdq_deploy.display.consoles import console, new_progress, new_status, status_console
 from sdq_deploy.models import EMBEDDED
 from sdq_engines.errors import SdqError
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from sdq_deploy.cli.shared import console, print_json
+from sdq_deploy.cli.shared import print_json
+from sdq_deploy.display.consoles import console
 
 if TYPE_CHECKING:
     from sdq_deploy.training.forecast import Forecast

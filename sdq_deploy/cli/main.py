@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from sdq_deploy.cli import demo, evaluate, export, packages, train
-from sdq_deploy.cli.shared import Interrupted, InterruptibleGroup, status_console
+from sdq_deploy.cli.shared import Interrupted, InterruptibleGroup
+from sdq_deploy.display.consoles import status_console
 from sdq_deploy.processes import leave
 from sdq_engines.errors import SdqError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from sdq_deploy.cli.shared import console, new_progress
+from sdq_deploy.display.consoles import console, new_progress
 
 if TYPE_CHECKING:
     from sdq_engines.runtime.loop import StepEvent

@@ -27,19 +27,11 @@ from sdq_deploy.cli.prompt_options import (
     Prompt3Option,
     WeightingOption,
 )
-from sdq_deploy.cli.shared import (
-    ConfigOption,
-    JsonOption,
-    VaeFromOption,
-    new_progress,
-    new_status,
-    print_json,
-    require_extra,
-    status_console,
-)
+from sdq_deploy.cli.shared import ConfigOption, JsonOption, VaeFromOption, print_json, require_extra
+from sdq_deploy.display.consoles import new_progress, new_status, status_console
 
 if TYPE_CHECKING:
-    from sdq_deploy.cli.progress import Status
+    from sdq_deploy.display.progress import Status
     from sdq_engines.package.schema import ShapeProfile
     from sdq_engines.package.store import Package
     from sdq_engines.runtime.pipeline import PipelineOutput
@@ -381,7 +373,7 @@ def _time_diffusers(
     require_extra("train", "torch", "diffusers", "transformers")
     from dataclasses import asdict
 
-    from sdq_deploy.cli.eager import time_eager
+    from sdq_deploy.evaluation.eager import time_eager
     from sdq_deploy.libraries import quiet_libraries
     from sdq_deploy.models import open_model
     from sdq_export.single_file import FromFile

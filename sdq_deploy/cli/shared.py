@@ -1,19 +1,15 @@
-"""What the commands share: consoles, the --json switch, progress, and the extras they need."""
+"""What the commands share: JSON for machines, Ctrl-C, the extras that they need, and options of several of them."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.core
-from rich.console import Console
-from rich.progress import Progress
 
-from sdq_deploy.cli.progress import Status, progress_on, status_on
 from sdq_engines.errors import SdqError
 
 __all__ = [
@@ -22,18 +18,9 @@ __all__ = [
     "InterruptibleGroup",
     "JsonOption",
     "VaeFromOption",
-    "console",
-    "new_progress",
-    "new_status",
     "print_json",
     "require_extra",
-    "status_console",
 ]
-
-#: Results go to standard output, progress and messages to standard error, so that a pipe sees results alone.
-#: A prompt's ":x:" is no emoji.
-console = Console(highlight=False, emoji=False)
-status_console = Console(stderr=True, highlight=False, emoji=False)
 
 ConfigOption = Annotated[
     str | None,
@@ -72,16 +59,6 @@ class InterruptibleGroup(typer.core.TyperGroup):
 def print_json(value: Any) -> None:
     """Print `value` as indented JSON on standard output, unstyled."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
-
-
-def new_progress() -> Progress:
-    """The one progress display, on standard error."""
-    return progress_on(status_console)
-
-
-def new_status(text: str) -> AbstractContextManager[Status]:
-    """The one display of what is being done where it cannot be counted, on standard error."""
-    return status_on(status_console, text)
 
 
 def require_extra(extra: str, *modules: str) -> None:

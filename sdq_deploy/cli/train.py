@@ -9,14 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sdq_deploy.cli.prompt_options import ClipSkipOption, EmbeddingOption, PromptChunksOption
-from sdq_deploy.cli.shared import (
-    ConfigOption,
-    JsonOption,
-    VaeFromOption,
-    console,
-    print_json,
-    require_extra,
-)
+from sdq_deploy.cli.shared import ConfigOption, JsonOption, VaeFromOption, print_json, require_extra
+from sdq_deploy.display.consoles import console
 from sdq_engines.formats import PrecisionName
 
 __all__ = ["register"]
@@ -161,19 +155,10 @@ def train(
     _print_result(out, ran, json)
 
 
-def _trajectory(notes: dict[str, Any]) -> str:
-    snr = notes["trajectory_snr_db"]
-    if notes.get("method") == "ptq":
-        return f"Held-out trajectory {snr['best']:.2f} dB, without training."
-    return (
-        f"Held-out trajectory {snr['start']:.2f} dB before training, {snr['best']:.2f} dB at the best state "
-        f"(step {notes['best_step']})."
-    )
-
-
 def _print_result(out: Path, ran: list[str], as_json: bool) -> None:
     from accelerate import PartialState
 
+    from sdq_deploy.training.summary import summary_of
     from sdq_export.checkpoint import load_checkpoint
 
     if not PartialState().is_main_process:
@@ -182,12 +167,7 @@ def _print_result(out: Path, ran: list[str], as_json: bool) -> None:
     if as_json:
         print_json({"run": str(out), "precision": info.spec.precision, "stages_run": ran, **info.notes})
         return
-    console.print(
-        f"{info.spec.precision}: {len(info.spec.weights)} weights, {len(info.spec.activations)} activations quantized. "
-        + _trajectory(info.notes),
-        markup=False,
-        soft_wrap=True,
-    )
+    console.print(summary_of(info), markup=False, soft_wrap=True)
     if not ran:
         console.print("Nothing had changed; no stage was run again.")
     console.print(f"Checkpoint: {out / 'checkpoint'}\nNext: sdq-deploy export {out} --out PACKAGE", markup=False)

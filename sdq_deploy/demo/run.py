@@ -1,10 +1,10 @@
-"""The demo's stages: train, export and build by the commands that a user types; then images, figures, the report."""
+"""The demo's stages: train, export and build as a user's commands do; then images, figures, the report."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sdq_deploy.cli.shared import new_progress, new_status, status_console
 from sdq_deploy.demo.report import DemoReport, EngineFigures, Picture, Stage, Variant
+from sdq_deploy.display.consoles import new_progress, new_status, status_console
 from sdq_deploy.evaluation.grids import comparison_grid
 from sdq_deploy.evaluation.metrics import compare_images
 from sdq_deploy.models import EMBEDDED, resolve_model
@@ -43,8 +43,8 @@ class DemoSettings:
     out: Path
     engines: tuple[str, ...] = ("onnxruntime", "openvino", "tensorrt-rtx")
     num_images: int = 64
-    train_options: tuple[str, ...] = ()
-    """Further options of `sdq-deploy train`, for both precisions."""
+    assignments: tuple[str, ...] = ()
+    """Values of the recipe, KEY=VALUE each, for both precisions."""
     seed: int = 0
 
 
@@ -53,7 +53,6 @@ class _Demo:
     """What the stages hand on."""
 
     settings: DemoSettings
-    command: Callable[[list[str]], None]
     stages: list[Stage] = field(default_factory=list)
     images: dict[str, Images] = field(default_factory=dict)
     variants: list[Variant] = field(default_factory=list)
@@ -68,29 +67,28 @@ class _Demo:
         yield
         self.stages.append(Stage(name=name, seconds=round(time.perf_counter() - started, 2)))
 
-    def call(self, *arguments: str) -> None:
-        """Run one of our own commands, and show what a user would type."""
-        status_console.print(f"$ sdq-deploy {' '.join(arguments)}", style="cyan", markup=False, soft_wrap=True)
-        self.command(list(arguments))
+
+def _show_command(*arguments: str) -> None:
+    """What a user would type for what is done next."""
+    status_console.print(f"$ sdq-deploy {' '.join(arguments)}", style="cyan", markup=False, soft_wrap=True)
 
 
-def run_demo(settings: DemoSettings, command: Callable[[list[str]], None]) -> DemoReport:
+def run_demo(settings: DemoSettings) -> DemoReport:
     """Run the main job on the embedded model at W4A8 and W8A8 and measure what came out.
 
     Args:
         settings: where, which engines, how many images.
-        command: runs a command line of `sdq-deploy` in this process and raises what it raises.
 
     Raises:
         SdqError: a stage failed, with its reason; finished stages are kept and not done again.
     """
     with claimed_folder(settings.out, "demo", "demo") as out:
         atomic_write_json(out / "demo.json", {"kind": "sdq-demo"})
-        return _run(settings, command, out)
+        return _run(settings, out)
 
 
-def _run(settings: DemoSettings, command: Callable[[list[str]], None], out: Path) -> DemoReport:
-    demo = _Demo(settings, command)
+def _run(settings: DemoSettings, out: Path) -> DemoReport:
+    demo = _Demo(settings)
     for precision, run, package in (("w4a8", "run", "package"), ("w8a8", "run-w8a8", "package-w8a8")):
         _train_and_export(demo, precision, out / run, out / package)
 
@@ -120,14 +118,39 @@ def _run(settings: DemoSettings, command: Callable[[list[str]], None], out: Path
 
 def _train_and_export(demo: _Demo, precision: str, run: Path, package: Path) -> None:
     with demo.stage(f"train {precision.upper()}"):
-        arguments = ["train", EMBEDDED, "--out", str(run), "--precision", precision, "--seed", str(demo.settings.seed)]
-        if run.name != "run":
-            arguments += ["--dataset", str(run.with_name("run"))]
-        arguments += demo.settings.train_options
-        demo.call(*arguments, *(["--resume"] if (run / "run.json").is_file() else []))
+        _train(demo.settings, precision, run)
     with demo.stage(f"export {precision.upper()} and build"):
-        engines = [word for engine in demo.settings.engines for word in ("--engine", engine)]
-        demo.call("export", str(run), "--out", str(package), *engines)
+        _export(demo.settings, run, package)
+
+
+def _train(settings: DemoSettings, precision: str, run: Path) -> None:
+    """The second run takes over the first one's serial dataset; a run that is there is continued."""
+    from sdq_deploy.recipes.load import parse_assignments
+    from sdq_deploy.training.resolve import resolve_settings
+    from sdq_deploy.training.run import run_training
+    from sdq_deploy.training.summary import summary_of
+    from sdq_export.checkpoint import load_checkpoint
+
+    resume, first = (run / "run.json").is_file(), run.with_name("run")
+    shown = ["train", EMBEDDED, "--out", str(run), "--precision", precision, "--seed", str(settings.seed)]
+    shown += ["--dataset", str(first)] if run != first else []
+    shown += [word for assignment in settings.assignments for word in ("--set", assignment)]
+    _show_command(*shown, *(["--resume"] if resume else []))
+    overrides = parse_assignments(settings.assignments) | {"quantization.precision": precision}
+    resolved = resolve_settings(EMBEDDED, run, overrides=overrides, seed=settings.seed, resume=resume)
+    run_training(resolved, resume=resume, dataset=first if run != first else None)
+    status_console.print(summary_of(load_checkpoint(run).info), markup=False, soft_wrap=True)
+
+
+def _export(settings: DemoSettings, run: Path, package: Path) -> None:
+    from sdq_deploy.display.export import ExportDisplay
+    from sdq_deploy.exporting import export_named
+    from sdq_export.jobs import ExportSettings
+
+    engines = [word for engine in settings.engines for word in ("--engine", engine)]
+    _show_command("export", str(run), "--out", str(package), *engines)
+    with ExportDisplay() as display:
+        export_named(str(run), package, ExportSettings(engines=settings.engines), listener=display)
 
 
 def _evaluation_inputs(
@@ -256,7 +279,7 @@ def _add_variant(
 
 
 def _latencies(demo: _Demo, packages: Mapping[str, Path]) -> None:
-    from sdq_deploy.cli.eager import time_eager
+    from sdq_deploy.evaluation.eager import time_eager
     from sdq_engines.package.store import open_package
     from sdq_export.source import load_source
 

@@ -16,14 +16,14 @@ from sdq_deploy.evaluation.generate import decode, sample_latents
 from sdq_engines.guidance import Guidance
 from sdq_engines.runtime.loop import StepEvent
 from sdq_engines.runtime.pipeline import Pipeline
-from sdq_export.checkpoint import SamplerSettings, load_checkpoint, load_embeddings
+from sdq_export.checkpoint import SamplerSettings, load_checkpoint
 from sdq_export.reference import build_reference
-from sdq_export.sampler import SamplerPlan, compile_sampler
+from sdq_export.sampler import SamplerPlan
 from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.text_settings import TextSettings
 
-__all__ = ["ImageBatch", "Maker", "load_maker", "plan_of"]
+__all__ = ["ImageBatch", "Maker", "load_maker"]
 
 _THREADED_ENGINES = ("onnxruntime", "openvino")
 
@@ -61,11 +61,11 @@ def load_maker(
         # The package was hashed when the evaluation opened it.
         pipeline = Pipeline.load(candidate.path, engine=str(candidate.engine), verify="cached", **options)
         return PackageMaker(pipeline, sampler.guidance_scale)
-    plan = plan_of(sampler)
+    plan = sampler.compile()
     timesteps = torch.from_numpy(plan.timesteps)
     if candidate.kind == "run":
         checkpoint = load_checkpoint(candidate.path)
-        source = load_source(candidate.model_folder).with_text(checkpoint.info.text, load_embeddings(candidate.path))
+        source = load_source(candidate.model_folder).with_text(checkpoint.info.text, checkpoint.embeddings)
         denoiser: nn.Module = build_reference(
             source.for_spec(checkpoint.spec).own(source.family.denoiser), checkpoint.spec, checkpoint.tensors, timesteps
         )
@@ -73,14 +73,6 @@ def load_maker(
         source = load_source(candidate.model_folder).with_text(candidate.text or TextSettings())
         denoiser = StepDenoiser(source.own(source.family.denoiser), timesteps).eval().requires_grad_(False)
     return TorchMaker(source, denoiser, plan, sampler.guidance_scale, device)
-
-
-def plan_of(sampler: SamplerSettings) -> SamplerPlan:
-    """The sampler, compiled."""
-    import diffusers
-
-    scheduler = getattr(diffusers, sampler.scheduler).from_config(sampler.config)
-    return compile_sampler(scheduler, sampler.num_inference_steps)
 
 
 class TorchMaker:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sdq_deploy.display.consoles import new_progress
 from sdq_deploy.libraries import quiet_libraries
 from sdq_deploy.models import open_model
 from sdq_deploy.processes import LONGEST_WAIT
@@ -82,8 +83,6 @@ def run_training(
             the method does not fit the precision or the processes; another training writes to the output.
         KeyboardInterrupt: with the command that continues as its message.
     """
-    from sdq_deploy.cli.shared import new_progress
-
     quiet_libraries()
     check_optimizer(settings.recipe.fit)
     accelerator = make_accelerator(settings.recipe, cpu=cpu)

@@ -11,6 +11,7 @@ import pytest
 from sdq_engines import Pipeline
 from sdq_engines.build import build_engine
 from sdq_export.sampler import SamplerPlan, compile_sampler, make_scheduler
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
 from sdq_export.writer import ExportResult, export_package
 from tests.export.quantized import quantized_checkpoint
@@ -47,7 +48,7 @@ def plan_of(source: Source, name: str, steps: int = 6) -> SamplerPlan:
 def float_package(source: Source, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """FP32, PNDM."""
     out = tmp_path_factory.mktemp("packages") / "fp32"
-    return export_package(source, out, plan_of(source, "pndm"), GUIDANCE, dtype="fp32")
+    return export_package(source, out, plan_of(source, "pndm"), GUIDANCE, PackageSettings(dtype="fp32"))
 
 
 @pytest.fixture(scope="session")
@@ -65,5 +66,5 @@ def other_family(
     """Another family's checkpoint and its FP32 package on onnxruntime, with the checkpoint's own scheduler."""
     folder, source = tmp_path_factory.mktemp(request.param), load_source(tiny(request.param))
     plan = compile_sampler(source.scheduler, OTHER_STEPS)
-    made = export_package(source, folder / "package", plan, GUIDANCE, dtype="fp32")
+    made = export_package(source, folder / "package", plan, GUIDANCE, PackageSettings(dtype="fp32"))
     return source, Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")

@@ -16,6 +16,7 @@ from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_engines.package.store import Package
 from sdq_export.sampler import compile_sampler
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
 from sdq_export.writer import export_package
 from tests.export.quantized import quantized_checkpoint
@@ -102,6 +103,8 @@ def test_a_quantized_denoiser_is_not_built_in_bf16(tiny: Callable[[str], Path], 
     source = load_source(tiny("sd3"))
     plan = compile_sampler(source.scheduler, 2)
     checkpoint = quantized_checkpoint(source, plan, "w8a8", keep=("pos_embed.proj", "proj_out"), groups=1)
-    made = export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint, vae_encoder=False)
+    made = export_package(
+        source, tmp_path / "package", plan, 7.0, PackageSettings(vae_encoder=False), checkpoint=checkpoint
+    )
     with pytest.raises(SdqError, match="scales lose too much in BF16"):
         build_engine(made.package, "tensorrt-rtx", options={"bf16": ["denoiser"]})

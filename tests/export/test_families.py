@@ -29,6 +29,7 @@ from sdq_export.conditioning import POOLED_INPUT, SIZE_INPUT, TEXT_INPUT, Condit
 from sdq_export.engines import check_built_engine
 from sdq_export.families import family_of
 from sdq_export.sampler import make_scheduler
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import ExportResult, export_package
@@ -83,7 +84,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     def get(source: Source, scheduler: str) -> ExportResult:
         if (source.folder, scheduler) not in made:
             out, plan = tmp_path_factory.mktemp("packages") / scheduler, plan_of(source, scheduler, STEPS)
-            result = export_package(source, out, plan, GUIDANCE, dtype="fp32")
+            result = export_package(source, out, plan, GUIDANCE, PackageSettings(dtype="fp32"))
             built = build_engine(result.package, "onnxruntime")
             made[source.folder, scheduler] = replace(result, package=built)
         return made[source.folder, scheduler]
@@ -218,7 +219,9 @@ def test_guidance_without_a_negative_prompt_sees_zeros(sdxl: Source, exported: E
 def test_a_checkpoint_that_forces_no_zeros(sdxl: Source, tmp_path: Path) -> None:
     changed = copy.copy(sdxl)
     changed.index = {**sdxl.index, "force_zeros_for_empty_prompt": False}
-    result = export_package(changed, tmp_path / "package", plan_of(changed, "ddim", STEPS), GUIDANCE, dtype="fp32")
+    result = export_package(
+        changed, tmp_path / "package", plan_of(changed, "ddim", STEPS), GUIDANCE, PackageSettings(dtype="fp32")
+    )
     assert not result.package.manifest.io.force_zeros_for_empty_prompt
     pipe = Pipeline.from_package(build_engine(result.package, "onnxruntime"))
     assert psnr(package_images(pipe), diffusers_images(changed, "ddim")) >= 50

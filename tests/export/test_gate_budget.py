@@ -17,6 +17,7 @@ from sdq_export.parity.gate import compare_distances
 from sdq_export.parity.samples import parity_prompts, record_teacher
 from sdq_export.sampler import compile_sampler, make_scheduler
 from sdq_export.sampler.jump import clean_and_noise, jump
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import ExportResult, export_package
@@ -111,7 +112,7 @@ def budgeted(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Export
     plan = plan_of(source, "ddim", 6)
     out = tmp_path_factory.mktemp("budget") / "package"
     checkpoint = quantized_checkpoint(source, plan, "w4a8")
-    return export_package(source, out, plan, GUIDANCE, checkpoint=checkpoint, gate=12)
+    return export_package(source, out, plan, GUIDANCE, PackageSettings(gate=12), checkpoint=checkpoint)
 
 
 def test_a_package_says_how_little_was_looked_at(budgeted: ExportResult) -> None:
@@ -145,7 +146,7 @@ def test_a_wrong_layer_is_caught_on_a_budget(source: Source, tmp_path: Path, mon
 
     monkeypatch.setattr(QuantizeWeights, "__init__", wrong)
     with pytest.raises(SdqError, match=r"(?s)layer's output|without activation quantization"):
-        export_package(source, tmp_path / "package", plan, GUIDANCE, checkpoint=checkpoint, gate=12)
+        export_package(source, tmp_path / "package", plan, GUIDANCE, PackageSettings(gate=12), checkpoint=checkpoint)
     assert not (tmp_path / "package").exists()
 
 

@@ -22,6 +22,7 @@ from sdq_engines.guidance import Guidance
 from sdq_export.engines import check_built_engine
 from sdq_export.guidance import GuidedDenoiser
 from sdq_export.sampler import compile_sampler, make_scheduler, run_sampler
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import export_package
@@ -105,7 +106,7 @@ def scheduler(request: pytest.FixtureRequest) -> str:
 def pipeline(source: Source, scheduler: str, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """The FP32 package of a scheduler on onnxruntime."""
     out = tmp_path_factory.mktemp(scheduler) / "package"
-    made = export_package(source, out, plan_of(source, scheduler, STEPS), GUIDANCE, dtype="fp32")
+    made = export_package(source, out, plan_of(source, scheduler, STEPS), GUIDANCE, PackageSettings(dtype="fp32"))
     return Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
 
 
@@ -175,7 +176,7 @@ def inpainting(
     """A scheduler and its FP32 package of nine channels on onnxruntime."""
     scheduler: str = request.param
     out, plan = tmp_path_factory.mktemp("nine") / "package", plan_of(inpainting_source, scheduler, STEPS)
-    made = export_package(inpainting_source, out, plan, GUIDANCE, dtype="fp32")
+    made = export_package(inpainting_source, out, plan, GUIDANCE, PackageSettings(dtype="fp32"))
     return scheduler, Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
 
 
@@ -195,7 +196,7 @@ def test_inpainting_with_a_nine_channel_denoiser(
 def test_the_inpainting_denoiser_of_stable_diffusion_xl(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     source = load_source(tiny("sdxl-inpainting"))
     plan = compile_sampler(source.scheduler, STEPS)
-    made = export_package(source, tmp_path / "package", plan, GUIDANCE, dtype="fp32")
+    made = export_package(source, tmp_path / "package", plan, GUIDANCE, PackageSettings(dtype="fp32"))
     pipeline = Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
     assert (pipeline.manifest.io.latent_shape, pipeline.manifest.io.extra_channels) == ((4, 8, 8), 5)
     options = {"image": [picture(1), picture(2)], "mask_image": [mask(), mask()], "strength": 0.5}
@@ -249,7 +250,9 @@ def test_a_quantized_inpainting_denoiser_passes_parity_and_compiles_for_every_en
 def test_the_encoder_can_be_left_out_but_not_of_an_inpainting_package(
     source: Source, inpainting_source: Source, tmp_path: Path
 ) -> None:
-    made = export_package(source, tmp_path / "without", plan_of(source, "ddim", 2), GUIDANCE, vae_encoder=False)
+    made = export_package(
+        source, tmp_path / "without", plan_of(source, "ddim", 2), GUIDANCE, PackageSettings(vae_encoder=False)
+    )
     assert "vae_encoder" not in made.package.manifest.components
     pipeline = Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
     with pytest.raises(SdqError, match="has no VAE encoder") as refused:
@@ -257,7 +260,7 @@ def test_the_encoder_can_be_left_out_but_not_of_an_inpainting_package(
     assert "sdq-deploy export" in refused.value.hint
     plan = plan_of(inpainting_source, "ddim", 2)
     with pytest.raises(SdqError, match="inpainting model needs its VAE encoder"):
-        export_package(inpainting_source, tmp_path / "nine", plan, GUIDANCE, vae_encoder=False)
+        export_package(inpainting_source, tmp_path / "nine", plan, GUIDANCE, PackageSettings(vae_encoder=False))
     assert not (tmp_path / "nine").exists()
 
 
@@ -266,7 +269,7 @@ def test_a_scheduler_of_second_order_begins_at_a_whole_step(source: Source, tmp_
     scheduler = HeunDiscreteScheduler.from_config(source.scheduler.config)
     plan = compile_sampler(scheduler, 5)
     assert (plan.order, plan.calls) == (2, 9)
-    made = export_package(source, tmp_path / "package", plan, GUIDANCE, dtype="fp32", vae_encoder=True)
+    made = export_package(source, tmp_path / "package", plan, GUIDANCE, PackageSettings(dtype="fp32", vae_encoder=True))
     pipeline = Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
     wanted = source.pipeline(scheduler, IMAGE_TO_IMAGE)(
         PROMPTS[0], image=picture(1), strength=0.5, num_inference_steps=5, guidance_scale=GUIDANCE,

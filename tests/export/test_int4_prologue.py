@@ -18,6 +18,7 @@ from sdq_engines.package.layout import PROLOGUE
 from sdq_export.engines import check_built_engine
 from sdq_export.integer_storage import prologue_layers
 from sdq_export.sampler import compile_sampler
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
 from sdq_export.writer import export_package
@@ -55,7 +56,9 @@ def test_a_prologue_of_int4_numbers_loses_nothing(family: str, tmp_path: Path) -
     source, layers = source_on_the_grid(tmp_path / "model", family)
     plan = compile_sampler(source.scheduler, STEPS)
     checkpoint = quantized_checkpoint(source, plan, "w4a8", keep=KEEP[family])
-    made = export_package(source, tmp_path / "package", plan, GUIDANCE, checkpoint=checkpoint, prologue="int4")
+    made = export_package(
+        source, tmp_path / "package", plan, GUIDANCE, PackageSettings(prologue="int4"), checkpoint=checkpoint
+    )
     criterion = next(each for each in made.report.criteria if each.name == "int4_prologue")
     assert criterion.details["error"] == [0.0] * len(criterion.per_step)
     assert set(criterion.per_step) == {1.0}
@@ -78,5 +81,7 @@ def test_the_same_gate_refuses_a_prologue_that_is_not_on_the_grid(tiny: Callable
     plan = compile_sampler(source.scheduler, STEPS)
     checkpoint = quantized_checkpoint(source, plan, "w8a8", keep=KEEP["sd3"])
     with pytest.raises(SdqError, match="INT4 prologue"):
-        export_package(source, tmp_path / "package", plan, GUIDANCE, checkpoint=checkpoint, prologue="int4")
+        export_package(
+            source, tmp_path / "package", plan, GUIDANCE, PackageSettings(prologue="int4"), checkpoint=checkpoint
+        )
     assert not (tmp_path / "package").exists()

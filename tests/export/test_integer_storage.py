@@ -26,6 +26,7 @@ from sdq_export.parity import ParityReport
 from sdq_export.parity.components import check_text_encoder, check_vae_decoder
 from sdq_export.parity.rounded import rounded_text_encoder, rounded_vae_decoder, rounded_vae_encoder
 from sdq_export.parity.samples import PARITY_PROMPTS
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
 from sdq_export.storage import IntegerDtype
 from sdq_export.writer import ExportResult, export_package
@@ -163,7 +164,11 @@ def small(source: Source, tmp_path_factory: pytest.TempPathFactory) -> ExportRes
     """A tiny package whose text encoder and VAE decoder are INT8."""
     out = tmp_path_factory.mktemp("packages") / "int8"
     return export_package(
-        source, out, plan_of(source, "ddim", 2), 4.0, text_encoder="int8", vae="int8", vae_encoder=False
+        source,
+        out,
+        plan_of(source, "ddim", 2),
+        4.0,
+        PackageSettings(text_encoder="int8", vae="int8", vae_encoder=False),
     )
 
 
@@ -207,7 +212,9 @@ def wanted_images(small: ExportResult) -> np.ndarray:
 
 def test_what_costs_too_much_is_refused(source: Source, tmp_path: Path) -> None:
     with pytest.raises(SdqError, match=r"text encoder's INT4 weights.*nothing was written") as raised:
-        export_package(source, tmp_path / "package", plan_of(source, "ddim", 2), 4.0, text_encoder="int4")
+        export_package(
+            source, tmp_path / "package", plan_of(source, "ddim", 2), 4.0, PackageSettings(text_encoder="int4")
+        )
     assert "--text-encoder int8" in (raised.value.hint or "")
     assert not (tmp_path / "package").exists()
     vae = nn.ModuleDict({"vae": copy.deepcopy(source.vae)})

@@ -20,6 +20,7 @@ from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
 from sdq_export.embeddings import parse_embedding
 from sdq_export.sampler import compile_sampler
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
 from sdq_export.text_settings import TextSettings, text_settings
 from sdq_export.writer import export_package
@@ -75,7 +76,7 @@ def ours(pipeline: Pipeline, prompt: Any, **options: Any) -> NDArray[np.float32]
 
 def packaged(source: Source, out: Path) -> Pipeline:
     plan = compile_sampler(source.scheduler, OTHER_STEPS)
-    made = export_package(source, out, plan, GUIDANCE, dtype="fp32", vae_encoder=False)
+    made = export_package(source, out, plan, GUIDANCE, PackageSettings(dtype="fp32", vae_encoder=False))
     return Pipeline.from_package(build_engine(made.package, "onnxruntime"), "onnxruntime")
 
 

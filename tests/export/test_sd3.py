@@ -31,6 +31,7 @@ from sdq_export.families.sd3 import StableDiffusion3, StableDiffusion3WithT5
 from sdq_export.parity.graphs import GraphRunner, open_graph
 from sdq_export.passes.modulation import CONTEXT
 from sdq_export.sampler import SamplerPlan, compile_sampler
+from sdq_export.settings import PackageSettings
 from sdq_export.sites import find_sites
 from sdq_export.source import Source, load_source
 from sdq_export.stepping import StepDenoiser
@@ -229,7 +230,7 @@ def test_of_the_position_table_only_the_crop_is_stored(plan: SamplerPlan, tmp_pa
     save_file(weights, file)
     source = load_source(folder)
     wanted = source.denoiser.pos_embed.cropped_pos_embed(8, 8).numpy()
-    made = export_package(source, tmp_path / "package", plan, 7.0, dtype="fp32", vae_encoder=False)
+    made = export_package(source, tmp_path / "package", plan, 7.0, PackageSettings(dtype="fp32", vae_encoder=False))
     assert made.report.passed
     constants = [
         value.const_value.numpy()
@@ -265,7 +266,7 @@ def test_an_fp32_package_makes_diffusers_images(
     which: str, plan: SamplerPlan, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     source: Source = request.getfixturevalue(which)
-    exported = export_package(source, tmp_path / "package", plan, 7.0, dtype="fp32")
+    exported = export_package(source, tmp_path / "package", plan, 7.0, PackageSettings(dtype="fp32"))
     assert exported.package.manifest.full_precision == (["text_encoder_3"] if which == "source_t5" else [])
     folder = build_engine(exported.package, "onnxruntime").folder
     pipeline = Pipeline.load(folder, engine="onnxruntime")
@@ -325,7 +326,9 @@ def test_an_int8_prologue_is_gated_and_smaller(
     source: Source, plan: SamplerPlan, quantized_package: ExportResult, tmp_path: Path
 ) -> None:
     checkpoint = quantized_checkpoint(source, plan, "w4a8", keep=KEEP)
-    small = export_package(source, tmp_path / "int8", plan, 7.0, checkpoint=checkpoint, prologue="int8")
+    small = export_package(
+        source, tmp_path / "int8", plan, 7.0, PackageSettings(prologue="int8"), checkpoint=checkpoint
+    )
     criterion = next(each for each in small.report.criteria if each.name == "int8_prologue")
     assert criterion.passed
     assert 1 < max(criterion.per_step) < 1.01
@@ -338,7 +341,7 @@ def test_an_int8_prologue_is_gated_and_smaller(
     assert criterion.passed
     build_engine(package, "tensorrt-rtx")
     with pytest.raises(SdqError, match="quantized packages"):
-        export_package(source, tmp_path / "float", plan, 7.0, prologue="int8")
+        export_package(source, tmp_path / "float", plan, 7.0, PackageSettings(prologue="int8"))
 
 
 def test_an_int8_prologue_that_costs_too_much_is_refused(
@@ -347,5 +350,5 @@ def test_an_int8_prologue_that_costs_too_much_is_refused(
     monkeypatch.setattr(integer_storage, "INT8", replace(INT8, high=3))  # a grid of seven values
     checkpoint = quantized_checkpoint(source, plan, "w8a8", keep=KEEP)
     with pytest.raises(SdqError, match="INT8 prologue"):
-        export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint, prologue="int8")
+        export_package(source, tmp_path / "package", plan, 7.0, PackageSettings(prologue="int8"), checkpoint=checkpoint)
     assert not (tmp_path / "package").exists()

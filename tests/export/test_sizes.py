@@ -26,6 +26,7 @@ from sdq_engines.package.store import Package
 from sdq_engines.sizes import profile_of_sizes
 from sdq_export.engines import check_built_engine
 from sdq_export.sampler import compile_sampler, make_scheduler
+from sdq_export.settings import PackageSettings
 from sdq_export.source import Source, load_source
 from sdq_export.writer import ExportResult, export_package
 from tests.export.conftest import GUIDANCE, plan_of
@@ -43,8 +44,8 @@ def free(source: Source, tmp_path_factory: pytest.TempPathFactory) -> ExportResu
     """FP32, DPM++ 2M, any size."""
     out = tmp_path_factory.mktemp("free") / "package"
     return export_package(
-        source, out, plan_of(source, "dpmpp-2m", STEPS), GUIDANCE, dtype="fp32", dynamic_size=True
-    )  # fmt: skip
+        source, out, plan_of(source, "dpmpp-2m", STEPS), GUIDANCE, PackageSettings(dtype="fp32", dynamic_size=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,9 @@ def test_an_image_of_another_size_is_a_start_as_well(source: Source, package: Pa
 def test_stable_diffusion_xl_is_told_the_size_that_is_made(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     source = load_source(tiny("sdxl"))
     plan = compile_sampler(source.scheduler, STEPS)
-    made = export_package(source, tmp_path / "package", plan, GUIDANCE, dtype="fp32", dynamic_size=True)
+    made = export_package(
+        source, tmp_path / "package", plan, GUIDANCE, PackageSettings(dtype="fp32", dynamic_size=True)
+    )
     package = build_engine(made.package, "onnxruntime", profile_of_sizes(ShapeProfile(), [(96, 64), (64, 64)]))
     wanted = source.pipeline(copy.deepcopy(source.scheduler))(
         PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(7),
@@ -118,9 +121,12 @@ def free_sd3(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFacto
     """Stable Diffusion 3, FP32, its position table for latents of up to 48x48; built for 32x32 to 96x64 pixels."""
     source = load_source(tiny("sd3"))
     made = export_package(
-        source, tmp_path_factory.mktemp("free") / "sd3", compile_sampler(source.scheduler, STEPS), GUIDANCE,
-        dtype="fp32", dynamic_size=True,
-    )  # fmt: skip
+        source,
+        tmp_path_factory.mktemp("free") / "sd3",
+        compile_sampler(source.scheduler, STEPS),
+        GUIDANCE,
+        PackageSettings(dtype="fp32", dynamic_size=True),
+    )
     package = made.package
     for engine in ("onnxruntime", "openvino"):
         package = build_engine(package, engine, profile_of_sizes(ShapeProfile(), [(64, 64), (48, 80), (80, 48)]))
@@ -170,7 +176,11 @@ def test_a_model_whose_own_size_is_the_largest_is_compared_at_a_smaller_one(tmp_
     save_file({**weights, "pos_embed.pos_embed": table}, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     source = load_source(folder)
     made = export_package(
-        source, tmp_path / "package", compile_sampler(source.scheduler, 2), 7.0, dtype="fp32", dynamic_size=True
+        source,
+        tmp_path / "package",
+        compile_sampler(source.scheduler, 2),
+        7.0,
+        PackageSettings(dtype="fp32", dynamic_size=True),
     )
     assert made.package.manifest.io.size_limit == 64
     (found,) = (each for each in made.report.criteria if each.name == "float_graph_other_size")
@@ -183,7 +193,9 @@ def test_a_quantized_stable_diffusion_3_of_free_size_builds(tiny: Callable[[str]
     source = load_source(tiny("sd3"))
     plan = compile_sampler(source.scheduler, 3)
     checkpoint = quantized_checkpoint(source, plan, "w4a8", keep=("pos_embed.proj", "proj_out"))
-    result = export_package(source, tmp_path / "package", plan, 7.0, checkpoint=checkpoint, dynamic_size=True)
+    result = export_package(
+        source, tmp_path / "package", plan, 7.0, PackageSettings(dynamic_size=True), checkpoint=checkpoint
+    )
     package = result.package
     for sizes in ([(64, 64), (32, 32), (384, 384)], []):
         for engine in ("openvino", "tensorrt-rtx"):
@@ -259,8 +271,8 @@ def test_a_quantized_denoiser_of_free_size_keeps_its_integer_kernels(source: Sou
     plan = plan_of(source, "ddim", 3)
     checkpoint = quantized_checkpoint(source, plan, "w4a8")
     result = export_package(
-        source, tmp_path / "package", plan, GUIDANCE, checkpoint=checkpoint, dynamic_size=True
-    )  # fmt: skip
+        source, tmp_path / "package", plan, GUIDANCE, PackageSettings(dynamic_size=True), checkpoint=checkpoint
+    )
     package = result.package
     layers = len(checkpoint.spec.weights)
     for sizes in (SIZES, []):

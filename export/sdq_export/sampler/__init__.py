@@ -5,8 +5,8 @@ package cannot drift from diffusers.
 """
 
 from sdq_export.sampler.compile import compile_sampler
-from sdq_export.sampler.names import SCHEDULER_NAMES, make_scheduler
+from sdq_export.sampler.names import SCHEDULER_NAMES, make_scheduler, saved_scheduler
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sampler.run import run_sampler
 
-__all__ = ["SCHEDULER_NAMES", "SamplerPlan", "compile_sampler", "make_scheduler", "run_sampler"]
+__all__ = ["SCHEDULER_NAMES", "SamplerPlan", "compile_sampler", "make_scheduler", "run_sampler", "saved_scheduler"]

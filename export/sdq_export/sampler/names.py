@@ -9,7 +9,7 @@ import diffusers
 
 from sdq_engines.errors import SdqError
 
-__all__ = ["SCHEDULER_NAMES", "make_scheduler"]
+__all__ = ["SCHEDULER_NAMES", "make_scheduler", "saved_scheduler"]
 
 _CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     # name: diffusers class, and the values it gets where the source's configuration says nothing
@@ -48,6 +48,15 @@ def make_scheduler(name: str | None, source_config: Mapping[str, Any]) -> Any:
     class_name, defaults = _CLASSES[name]
     missing = {key: value for key, value in defaults.items() if key not in config}
     return _class(class_name).from_config({**config, **missing})
+
+
+def saved_scheduler(class_name: str, config: Mapping[str, Any]) -> Any:
+    """The scheduler that a checkpoint or a manifest records, by diffusers' class and its whole configuration.
+
+    Raises:
+        SdqError: diffusers has no such class.
+    """
+    return _class(class_name).from_config(dict(config))
 
 
 def _class(class_name: str) -> Any:

@@ -41,9 +41,10 @@ def float_package(source: Source, tmp_path_factory: pytest.TempPathFactory) -> P
     """The model in FP32 with 4 steps of a sampler that draws noise, on ONNX Runtime."""
     from sdq_engines.build import build_engine
     from sdq_export.sampler import compile_sampler, make_scheduler
+    from sdq_export.settings import PackageSettings
     from sdq_export.writer import export_package
 
     plan = compile_sampler(make_scheduler("euler-ancestral", source.scheduler.config), 4)
     out = tmp_path_factory.mktemp("packages") / "float"
-    package = export_package(source, out, plan, GUIDANCE, dtype="fp32").package
+    package = export_package(source, out, plan, GUIDANCE, PackageSettings(dtype="fp32")).package
     return build_engine(package, "onnxruntime").folder

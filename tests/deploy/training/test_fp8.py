@@ -23,6 +23,7 @@ from sdq_engines.package.store import open_package
 from sdq_export.checkpoint import QuantizedCheckpoint, load_checkpoint, weight_key
 from sdq_export.engines import check_built_engine
 from sdq_export.rounding import fake_quantize
+from sdq_export.settings import PackageSettings
 from sdq_export.sites import find_sites
 from sdq_export.source import load_source
 from sdq_export.writer import ExportResult, export_package
@@ -49,7 +50,9 @@ def checkpoint(run: Path) -> QuantizedCheckpoint:
 def exported(tiny_sd: Path, run: Path, checkpoint: QuantizedCheckpoint) -> ExportResult:
     plan = small_context(tiny_sd, run).plan
     out = run.parent / "package"
-    return export_package(load_source(tiny_sd), out, plan, 4.0, checkpoint=checkpoint, vae_encoder=False)
+    return export_package(
+        load_source(tiny_sd), out, plan, 4.0, PackageSettings(vae_encoder=False), checkpoint=checkpoint
+    )
 
 
 def test_gradients_are_straight_through_and_of_the_rounding_error() -> None:

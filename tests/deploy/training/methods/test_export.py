@@ -9,6 +9,7 @@ import torch
 
 from sdq_export.checkpoint import load_checkpoint
 from sdq_export.sampler import compile_sampler, make_scheduler
+from sdq_export.settings import PackageSettings
 from sdq_export.source import load_source
 from sdq_export.writer import export_package
 from tests.deploy.training.methods.runs import run_method
@@ -26,6 +27,8 @@ def test_a_smoothed_checkpoint_passes_the_exports_gate(tiny_sd: Path, finished_r
     assert not any(torch.allclose(checkpoint.tensors[name], weights[name], rtol=0.05) for name in (norm, text))
     sampler = checkpoint.info.sampler
     plan = compile_sampler(make_scheduler(None, {"_class_name": sampler.scheduler, **sampler.config}), 3)
-    result = export_package(source, tmp_path / "package", plan, 4.0, checkpoint=checkpoint, dtype="fp32")
+    result = export_package(
+        source, tmp_path / "package", plan, 4.0, PackageSettings(dtype="fp32"), checkpoint=checkpoint
+    )
     assert result.report.passed
     assert (tmp_path / "package" / "manifest.json").is_file()

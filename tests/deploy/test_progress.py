@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from sdq_deploy.cli.progress import LineProgress, progress_on, status_on
+from sdq_deploy.display.progress import LineProgress, progress_on, status_on
 
 
 class Clock:

@@ -22,13 +22,13 @@ def time_eager(source: Source, manifest: Manifest, batch: int, runs: int) -> dic
         batch: images per call.
         runs: of each timing.
     """
-    import diffusers
     import torch
 
     from sdq_export.inpainting import with_extra
+    from sdq_export.sampler import saved_scheduler
 
     family, denoiser = source.family, source.denoiser
-    scheduler = getattr(diffusers, manifest.sampler.scheduler).from_config(manifest.sampler.config)
+    scheduler = saved_scheduler(manifest.sampler.scheduler, manifest.sampler.config)
     pipeline = source.pipeline(scheduler, family.inpainting_pipeline if manifest.io.extra_channels else None)
     latents = with_extra(denoiser, torch.randn(2 * batch, *manifest.io.latent_shape))
     prompts, timestep = family.encode_prompts(source, [PROMPT]).expand(2 * batch), torch.tensor(500.0)
