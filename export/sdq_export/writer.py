@@ -115,7 +115,7 @@ def export_package(
         shape, quantized = source.family.latent_shape(source), checkpoint is not None
         chosen = choose_gate(gate, plan.calls, shape, parameters, quantized)
         where = choose_device(device, parameters)
-        free_size = free_size_of(source) if dynamic_size else {}
+        free_size = free_size_of(source, plan) if dynamic_size else {}
         _foresee(forecast_export(source, chosen, quantized, where, engines), folder, force, on_notice)
         job = ExportJob(
             source, plan, guidance_scale, checkpoint, storage, prompts, vae_encoder, dynamic_size, chosen, where,

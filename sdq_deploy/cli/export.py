@@ -139,6 +139,7 @@ def export(
     """
     from sdq_engines.backends.registry import check_engine_name
     from sdq_engines.build import choose_engine
+    from sdq_engines.runtime.arguments import as_number
     from sdq_engines.sizes import parse_size, profile_of_sizes
 
     stored, looked_at, where = _dtype(dtype), _gate(gate), _device(device)
@@ -179,7 +180,7 @@ def export(
             source_told,
             out,
             job.plan,
-            job.guidance_scale if guidance_scale is None else guidance_scale,
+            job.guidance_scale if guidance_scale is None else as_number(guidance_scale, "--guidance-scale"),
             checkpoint=job.checkpoint,
             dtype=stored,
             vae_encoder=vae_encoder,

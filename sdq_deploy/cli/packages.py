@@ -359,7 +359,12 @@ def _check_output(out: Path) -> None:
     from sdq_engines.files import make_writable
 
     if out.is_dir():
-        raise SdqError(f"{out} is a folder; a file is wanted.", "Give a file: --out image.png")
+        raise SdqError(f"--out {out} is a folder; a file is wanted.", "Give a file: --out image.png")
+    if out.suffix.lower() != ".png":
+        raise SdqError(
+            f"--out {out} does not end in .png, and PNG is the one format in which images are written.",
+            f"Give --out {out.with_suffix('.png')}",
+        )
     make_writable(out.parent)
 
 
@@ -368,7 +373,7 @@ def _save(result: PipelineOutput, out: Path) -> list[str]:
 
     files = []
     for index, image in enumerate(result.images):
-        path = out if len(result.images) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix or '.png'}")
+        path = out if len(result.images) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix}")
         with atomic_write(path) as temporary:
             image.save(temporary, format="PNG")
         files.append(str(path))

@@ -52,7 +52,7 @@ def read_recipe(name: str | Path) -> Tree:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SdqError(f"The recipe {name} is not valid TOML: {error}.") from error
+        raise SdqError(f"The recipe {name} is not valid TOML: {error}.", "Correct that line.") from error
 
 
 def with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> Tree:
@@ -117,11 +117,11 @@ def _read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         known = ", ".join(available_recipes())
-        raise SdqError(f"There is no recipe {path}: neither a file nor one of {known}.") from error
+        raise SdqError(f"There is no recipe {path}.", f"Give a TOML file, or one of {known}.") from error
     except UnicodeDecodeError as error:
-        raise SdqError(f"The recipe {path} is not UTF-8 text.") from error
+        raise SdqError(f"The recipe {path} is not UTF-8 text.", "Save it as UTF-8.") from error
     except OSError as error:
-        raise SdqError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+        raise SdqError(f"The recipe {path} cannot be read: {error.strerror}.", "Give another --recipe.") from error
 
 
 def _nest(values: Mapping[str, Any]) -> Tree:

@@ -11,11 +11,12 @@ from sdq_deploy.models import EMBEDDED, no_single_file
 from sdq_deploy.recipes.load import read_recipe, recipe_from, with_overrides
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingSettings
-from sdq_deploy.training.prepare import base_identity
+from sdq_deploy.training.prepare import base_identity, kept_embeddings
 from sdq_deploy.training.prompt_files import read_prompts
 from sdq_deploy.training.prompts import shapes_prompts
 from sdq_deploy.training.run import read_settings
 from sdq_engines.errors import SdqError
+from sdq_export.embeddings import parse_embedding
 from sdq_export.single_file import FromFile, family_of_file, is_single_file
 
 __all__ = ["default_recipe", "resolve_settings"]
@@ -55,7 +56,7 @@ def resolve_settings(
     given here.
 
     Raises:
-        SdqError: mistakes in the recipe or the prompts; the run folder trains another model.
+        SdqError: mistakes in the recipe, the prompts or the embeddings; the run folder trains another model.
     """
     # An absolute path, for the checkpoint has to find its source from anywhere.
     named = str(Path(model).resolve()) if model != EMBEDDED and Path(model).exists() else model
@@ -79,7 +80,7 @@ def resolve_settings(
         prompts=_prompts(model, chosen, prompt_file, prompt_column, recorded),
         seed=seed if seed is not None else recorded.get("seed", 0),
         revision=revision or recorded.get("revision"),
-        embeddings=_embeddings(embeddings) or tuple(recorded.get("embeddings", ())),
+        embeddings=tuple(map(parse_embedding, embeddings)) or kept_embeddings(out, recorded),
         loras=tuple(loras) or tuple(_recorded_lora(each) for each in recorded.get("loras", ())),
         from_file=from_file,
     )
@@ -91,12 +92,6 @@ def resolve_settings(
 
 def _recorded_lora(entry: Mapping[str, Any]) -> Lora:
     return Lora(Path(entry["path"]), entry["weight"], entry["sha256"])
-
-
-def _embeddings(texts: Sequence[str]) -> tuple[str, ...]:
-    """NAME=FILE each, the file's path made absolute; what is not that is left for the reader to refuse."""
-    split = [text.partition("=") for text in texts]
-    return tuple(f"{name}={Path(file).expanduser().absolute()}" if file else name for name, _, file in split)
 
 
 def _prompts(
