@@ -124,9 +124,9 @@ def test_a_call_takes_numpy_and_answers_the_rest_in_one_sentence(built: Built) -
 
 @pytest.mark.parametrize("folder", [None, 5, b"package", ["package"]])
 def test_a_folder_that_is_none_is_one_sentence(folder: Any) -> None:
-    with pytest.raises(SdqError, match="^folder is .*; the path of a folder is wanted"):
+    with pytest.raises(SdqError, match=r"^folder is .*; the path of a folder is wanted"):
         Pipeline.load(folder)
-    with pytest.raises(SdqError, match="^folder is .*; the path of a folder is wanted"):
+    with pytest.raises(SdqError, match=r"^folder is .*; the path of a folder is wanted"):
         open_package(folder)
 
 

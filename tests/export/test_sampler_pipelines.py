@@ -17,7 +17,7 @@ NAMES = ["ddim", "pndm", "euler", "euler-ancestral", "dpmpp-2m", "lcm"]
 
 
 def ours(source: Source, plan: SamplerPlan, **options: Any) -> Tensor:
-    """The compiled sampler around the denoiser itself; starting noise and fresh noise from one generator, as diffusers."""
+    """The compiled sampler around the denoiser itself; all noise is of one generator, as diffusers'."""
     generator = torch.Generator().manual_seed(7)
     prompts = source.family.encode_prompts(source, ["", PROMPT])
 
