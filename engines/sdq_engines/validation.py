@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 __all__ = ["describe_mistake", "first_mistake"]
 
 _BOUNDS = {
-    "greater_than_equal": ("ge", ">="),
-    "greater_than": ("gt", ">"),
-    "less_than_equal": ("le", "<="),
-    "less_than": ("lt", "<"),
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
 }
 
 
@@ -47,6 +47,6 @@ def _allowed(kind: str, context: dict[str, Any], message: str) -> str:
     if kind == "literal_error":
         return str(context["expected"])
     if kind in _BOUNDS:
-        name, sign = _BOUNDS[kind]
-        return f"{sign} {context[name]}"
+        name, words = _BOUNDS[kind]
+        return f"{words} {context[name]}"
     return message.removeprefix("Input should be ").split(", ")[0]

@@ -169,26 +169,27 @@ def train(
     from sdq_deploy.training.run import run_training
     from sdq_export.single_file import FromFile
 
-    options: dict[str, Any] = {
-        "method": method.value if method is not None else "ptq" if ptq_algorithm is not None else None,
-        "ptq.algorithm": None if ptq_algorithm is None else ptq_algorithm.value,
-        "quantization.precision": precision,
-        "text.clip_skip": clip_skip,
-        "text.prompt_chunks": prompt_chunks,
-        "sampling.scheduler": scheduler,
-        "sampling.num_inference_steps": num_inference_steps,
-        "sampling.guidance_scale": guidance_scale,
-        "fit.max_train_steps": max_train_steps,
-        "fit.pipeline": None if pipeline is None else pipeline.value,
+    values: dict[str, tuple[str, Any]] = {
+        "method": ("--method", method or (None if ptq_algorithm is None else _Method.ptq)),
+        "ptq.algorithm": ("--ptq-algorithm", ptq_algorithm),
+        "quantization.precision": ("--precision", precision),
+        "text.clip_skip": ("--clip-skip", clip_skip),
+        "text.prompt_chunks": ("--prompt-chunks", prompt_chunks),
+        "sampling.scheduler": ("--scheduler", scheduler),
+        "sampling.num_inference_steps": ("--num-inference-steps", num_inference_steps),
+        "sampling.guidance_scale": ("--guidance-scale", guidance_scale),
+        "fit.max_train_steps": ("--max-train-steps", max_train_steps),
+        "fit.pipeline": ("--pipeline", pipeline),
     }
-    overrides = parse_assignments(assignments or []) | {
-        key: value for key, value in options.items() if value is not None
-    }
+    given = {key: (option, value) for key, (option, value) in values.items() if value is not None}
+    plain = {key: value.value if isinstance(value, enum.Enum) else value for key, (_, value) in given.items()}
+    overrides = parse_assignments(assignments or []) | plain
     settings = resolve_settings(
         model,
         out,
         recipe=recipe,
         overrides=overrides,
+        options={key: option for key, (option, _) in given.items()},
         prompt_file=prompts,
         prompt_column=prompt_column,
         seed=seed,

@@ -43,6 +43,7 @@ def resolve_settings(
     *,
     recipe: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    options: Mapping[str, str] | None = None,
     prompt_file: Path | None = None,
     prompt_column: str | None = None,
     seed: int | None = None,
@@ -54,6 +55,20 @@ def resolve_settings(
 ) -> TrainingSettings:
     """Settle every value. A resumed run keeps its recipe, prompts, seed, adapters and embeddings but for what is
     given here.
+
+    Args:
+        model: as the user named it.
+        out: the run's folder.
+        recipe: a recipe's name or file; None takes the run's, or that of the model's family.
+        overrides: dotted key -> value on top of the recipe.
+        options: dotted key -> the option of the command line that its value came from, for messages.
+        prompt_file, prompt_column: where prompts come from.
+        seed: of data and training.
+        revision: of a hub model.
+        embeddings: textual inversions, NAME=FILE each.
+        loras: adapters to fuse.
+        from_file: how a model that is one file is converted.
+        resume: go on with what `out` holds.
 
     Raises:
         SdqError: mistakes in the recipe, the prompts or the embeddings; the run folder trains another model.
@@ -71,7 +86,7 @@ def resolve_settings(
         origin = recipe or default_recipe(model, revision, from_file)
         tree = read_recipe(origin)
     tree = with_overrides(tree, overrides)
-    chosen = recipe_from(tree, origin)
+    chosen = recipe_from(tree, origin, options)
     settings = TrainingSettings(
         model=named,
         out=out,
