@@ -31,7 +31,7 @@ def describe_mistake(details: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         said = "there is no such key"
     elif kind == "missing":
-        said = "is missing"
+        return f"{key} is missing"
     elif kind == "value_error":
         said = str(context["error"])
     elif kind == "json_invalid":
