@@ -79,6 +79,7 @@ def test_a_damaged_file_and_another_key_are_captured_again(cache: Path, monkeypa
     assert capture_once(("key",), make).graph.outputs[0].name == "y"
 
 
+@pytest.mark.export
 def test_a_process_keeps_the_graphs_that_it_used_last(cache: Path) -> None:
     graph = make()
     for index in range(captures.MOST_IN_MEMORY + 3):
@@ -97,6 +98,7 @@ def test_a_process_keeps_the_graphs_that_it_used_last(cache: Path) -> None:
     assert list(captures._captured) == [("heavy", 2)]
 
 
+@pytest.mark.export
 def test_a_text_encoder_that_was_changed_in_its_folder_is_captured_again(tiny_sd: Path, tmp_path: Path) -> None:
     """In the same process and at the same path: weights, and a configuration whose weights are the same."""
     folder = tmp_path / "model"

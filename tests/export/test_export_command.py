@@ -42,6 +42,7 @@ def run_folder(source: Source, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.export
 def test_a_model_becomes_a_package_with_an_engine(
     tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

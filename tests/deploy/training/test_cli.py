@@ -87,6 +87,7 @@ def test_a_full_disk_is_one_sentence(
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+@pytest.mark.export
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_names_the_command_that_continues_and_it_does(
     tiny_sd: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
