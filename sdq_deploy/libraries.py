@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 __all__ = ["quiet_libraries"]
 
 
 def quiet_libraries() -> None:
     """Loading bars of the model libraries would tear our own display; what they remark is no news to a user."""
-    # where it is installed the model libraries import it, and it reports kernels for CPUs that we do not call
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

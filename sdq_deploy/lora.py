@@ -53,7 +53,10 @@ def parse_lora(text: str) -> Lora:
     if not lora.path.is_file():
         raise SdqError(f"The adapter {lora.path} does not exist.", "Give a .safetensors file, or FILE=WEIGHT.")
     if lora.path.suffix != ".safetensors":
-        raise SdqError(f"The adapter {lora.path} is no .safetensors file; loading a pickle can run any code.")
+        raise SdqError(
+            f"The adapter {lora.path} is no .safetensors file; loading a pickle can run any code.",
+            "Convert it where you trust it: safetensors.torch.save_file(torch.load(FILE), OTHER).",
+        )
     return lora
 
 
@@ -109,7 +112,10 @@ def _fuse(model: Any, part: str, lora: Lora, adapter: Any, dtype: Any) -> None:
                 if "bias_diff" in tensors:
                     _add_to_bias(modules, rows, lora.weight * _exchanged(tensors["bias_diff"], change))
             except (ValueError, RuntimeError) as error:
-                raise SdqError(f"The adapter {lora.path} does not fit the model: {change.name} {error}.") from error
+                raise SdqError(
+                    f"The adapter {lora.path} does not fit the model: {change.name} {error}.",
+                    "It was made for another model, or its file is damaged.",
+                ) from error
             for module, piece in zip(modules, new.split(rows), strict=True):
                 module.weight.copy_(piece)
 

@@ -1,4 +1,7 @@
-"""What the documentation says exists: links, headings, commands with their options, Python that compiles."""
+"""What the documentation says exists: links, headings, commands with their options, targets of make, Python.
+
+`tests/e2e/test_shown_commands.py` and `test_quickstart.py` run the commands and the Python.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_COMMAND = re.compile(r"^\$?\s*(?:\S*/)?(accelerate launch .* -m sdq_deploy\.cli\.main|sdq-deploy) (.*)$")
 _INLINE = re.compile(r"`(sdq-deploy [^`]+)`")
 
 
@@ -42,18 +46,18 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(path), f"{page.name} links to {target}"
 
 
-def commands(page: Path) -> Iterator[str]:
-    """Every `sdq-deploy ...` that a reader could type: of blocks, lines joined, remarks dropped; and of sentences."""
-    for language, text in blocks(page):
+def shown(page: Path, in_blocks: bool = True) -> Iterator[tuple[str, str]]:
+    """Every command of ours that a reader could type: (`sdq-deploy` or `accelerate launch ...`, what follows it).
+
+    Of blocks, lines joined and remarks dropped, if wanted; and of sentences.
+    """
+    for language, text in blocks(page) if in_blocks else ():
         if language in ("", "sh", "bash", "console"):
             for line in text.replace("\\\n", " ").splitlines():
-                found = re.match(
-                    r"^\$?\s*(?:\S*/)?(?:accelerate launch .* -m sdq_deploy\.cli\.main|sdq-deploy) (.*)$", line
-                )
-                if found:
-                    yield re.sub(r"\s#\s.*$", "", found[1])
+                if found := _COMMAND.match(line):
+                    yield found[1], re.sub(r"\s#\s.*$", "", found[2])
     for inline in _INLINE.findall(_FENCE.sub("", page.read_text("utf-8"))):
-        yield inline.removeprefix("sdq-deploy ")
+        yield "sdq-deploy", inline.removeprefix("sdq-deploy ")
 
 
 def parse(arguments: list[str]) -> None:
@@ -70,9 +74,9 @@ def parse(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_have_the_options_that_are_shown(page: Path) -> None:
-    for line in commands(page):
-        shown = re.sub(r"\[(-[^\]]*)\]", r"\1", line)  # [--mask mask.png] is optional
-        words = shlex.split(shown.replace("…", "").replace("...", ""))
+    for _, line in shown(page):
+        typed = re.sub(r"\[(-[^\]]*)\]", r"\1", line)  # [--mask mask.png] is optional
+        words = shlex.split(typed.replace("…", "").replace("...", ""))
         if not words or words[0].startswith("-") or "--help" in words:
             continue
         try:
@@ -88,3 +92,11 @@ def test_python_compiles(page: Path) -> None:
     for language, text in blocks(page):
         if language == "python":
             compile(text, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_targets_of_make_are_there(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    text = page.read_text("utf-8")
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE):
+        assert target in targets, f"{page.name}: make {target}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdq_engines.errors import SdqError
+from sdq_engines.in_progress import IN_PROGRESS
 from sdq_engines.locks import JOB, LOCK_FILES, busy, is_held, sole_writer
 
 __all__ = [
@@ -151,7 +152,9 @@ def claimed_folder(folder: str | Path, kind: FolderKind, doing: str) -> Iterator
 
 
 def _is_empty(folder: Path) -> bool:
-    return all(path.name in LOCK_FILES or path.name.startswith(_PROBE) for path in folder.iterdir())
+    """Whether there is nothing but what a command at work, or one that was killed before it wrote anything, has."""
+    passing = (*LOCK_FILES, IN_PROGRESS)
+    return all(path.name in passing or path.name.startswith(_PROBE) for path in folder.iterdir())
 
 
 def make_writable(folder: Path) -> None:

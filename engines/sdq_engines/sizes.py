@@ -45,7 +45,9 @@ def check_sizes(package: Package, profile: ShapeProfile) -> None:
         check_size(package.manifest, size, str(package.folder))
     for low, best, high in zip(*sizes, strict=True):
         if not low <= best <= high:
-            raise SdqError(f"The sizes {', '.join(named(size) for size in sizes)} are not in order: min, opt, max.")
+            raise SdqError(
+                f"The sizes {', '.join(named(size) for size in sizes)} are not in order: min, opt, max.", "Sort them."
+            )
 
 
 def check_size(manifest: Manifest, size: Size, folder: str) -> None:

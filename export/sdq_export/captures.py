@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import cache
 from pathlib import Path
@@ -23,14 +24,18 @@ from sdq_engines.places import cache_folder
 from sdq_export.provenance import tool_versions
 from sdq_export.skeleton import is_hollow
 
-__all__ = ["KEPT_BYTES", "capture_once"]
+__all__ = ["KEPT_BYTES", "MOST_IN_MEMORY", "capture_once"]
 
 KEPT_BYTES = 32 << 20
-"""Of constants, hollow ones not counted: a large model's weights are not kept for that."""
+"""Of constants, hollow ones not counted: those of one graph, and of all that are in memory together."""
+
+MOST_IN_MEMORY = 32
+"""Graphs that a process keeps, those that were used last: some four models' parts. The others are on disk."""
 
 _MOST_FILES = 64
 _SHAPE = "sdq.hollow_shape"
-_captured: dict[tuple[Hashable, ...], ir.Model] = {}
+_captured: OrderedDict[tuple[Hashable, ...], tuple[ir.Model, int]] = OrderedDict()
+"""Key -> graph and bytes of its constants; the one that was used last stands last."""
 
 
 def capture_once(key: tuple[Hashable, ...], make: Callable[[], ir.Model]) -> ir.Model:
@@ -49,8 +54,11 @@ def capture_once(key: tuple[Hashable, ...], make: Callable[[], ir.Model]) -> ir.
             if _bytes(model) > KEPT_BYTES:
                 return model
             _write(path, model)
-        _captured[key] = model
-    return _captured[key].clone()
+        _captured[key] = model, _bytes(model)
+    _captured.move_to_end(key)
+    while len(_captured) > MOST_IN_MEMORY or sum(size for _, size in _captured.values()) > KEPT_BYTES:
+        _captured.popitem(last=False)
+    return _captured[key][0].clone()
 
 
 def _bytes(model: ir.Model) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write, atomic_write_text
+from sdq_engines.validation import first_mistake
 from sdq_export.embeddings import Embedding, packed, unpacked
 from sdq_export.quantspec import QuantSpec, WeightSite
 from sdq_export.rounding import round_, stored_dtype
@@ -174,7 +175,8 @@ def load_checkpoint(folder: str | Path) -> QuantizedCheckpoint:
         tensors = load_file(path / _TENSORS)
         _check_tensors(info.spec, tensors)
     except (OSError, ValidationError, SafetensorError, ValueError) as error:
-        raise SdqError(f"The quantized checkpoint in {path} is damaged: {error}", "Train it again.") from error
+        reason = f"{_SPEC}: {first_mistake(error)}" if isinstance(error, ValidationError) else error
+        raise SdqError(f"The quantized checkpoint in {path} is damaged: {reason}.", "Train it again.") from error
     return QuantizedCheckpoint(info=info, tensors=tensors, embeddings=tuple(load_embeddings(path)))
 
 

@@ -162,7 +162,10 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[f"*/{each}" for each in _CONFIGURATION] + ["*.json"]))
     except Exception as error:  # The hub client raises a dozen types for "not there" and "no network" alike.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SdqError(f"The configuration {name} is not to be had from the hub: {reason}") from error
+        raise SdqError(
+            f"The configuration {name} is neither a local folder nor to be had from the hub: {reason}",
+            "Check the name, or download it elsewhere and give the folder: --config FOLDER",
+        ) from error
 
 
 def _infer(header: Header, folder: Path, given: Path | None) -> None:
@@ -212,7 +215,7 @@ def _simplified_index(folder: Path, without: tuple[str, ...]) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise SdqError(f"The model_index.json of --config is not valid JSON: {error}.") from error
+        raise SdqError(f"The model_index.json of --config is not valid JSON: {error}.", "Give another.") from error
     dropped = [name for name in ("safety_checker", "feature_extractor", "image_encoder", *without) if name in index]
     for name in dropped:
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -30,6 +30,9 @@ _OF_ENCODERS = {
 }
 
 
+_FORMS = "See docs/prompts.md for the forms that are read."
+
+
 @dataclass(frozen=True, eq=False)
 class Embedding:
     """One file: what its name stands for."""
@@ -240,7 +243,7 @@ def _by_encoder(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     keys = ", ".join(sorted(tensors)[:5]) or "nothing"
     raise SdqError(
         f"The embedding {path} holds {keys}; one tensor, or clip_l and clip_g, are wanted.",
-        "See docs/prompts.md for the forms that are read.",
+        _FORMS,
     )
 
 
@@ -249,7 +252,7 @@ def _checked(tensor: Tensor, path: Path) -> Tensor:
     vectors = tensor.float()
     vectors = vectors[None] if vectors.ndim == 1 else vectors
     if vectors.ndim != 2 or not vectors.numel():
-        raise SdqError(f"The embedding {path} is a tensor {list(tensor.shape)}; rows of vectors are wanted.")
+        raise SdqError(f"The embedding {path} is a tensor {list(tensor.shape)}; rows of vectors are wanted.", _FORMS)
     if not torch.isfinite(vectors).all():
         raise SdqError(f"The embedding {path} holds NaN or infinity.", "Get the file again.")
     return vectors

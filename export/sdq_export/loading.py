@@ -117,11 +117,15 @@ def load_tokenizer(kind: Any, folder: Path, name: str, model: str) -> Any:
 
 def _require_vocabulary(kind: Any, folder: Path, name: str, model: str) -> None:
     """transformers makes a tokenizer of no words where the files are missing."""
+    hint = f"Copy {name}/ from the checkpoint that this one was made from, or download this one again."
+    if not folder.is_dir():
+        raise SdqError(f"{model} has no folder {name}/, without which no prompt can be read.", hint)
     files: dict[str, str] = dict(kind.vocab_files_names)
     whole = files.pop("tokenizer_file", None)
     missing = [file for file in files.values() if not (folder / file).is_file()]
     if missing and not (whole and (folder / whole).is_file()):
-        raise SdqError(f"The {name} of {model} cannot be loaded: it has no {whole or missing[0]}.", _AGAIN)
+        either = f"{whole}, or {' and '.join(files.values())}" if whole and files else whole or ", ".join(missing)
+        raise SdqError(f"The folder {name}/ of {model} lacks the tokenizer's words: {either}.", hint)
 
 
 def _other_shape(name: str, model: str, key: str, wanted: Any, stored: Any) -> SdqError:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from sdq_engines.errors import SdqError
 from sdq_engines.package.layout import PROLOGUE, model_file
 from sdq_engines.package.schema import Manifest, ModelIO, SamplerInfo
 from sdq_export.components import component_names
+from sdq_export.dynamic_shift import is_dynamic
 from sdq_export.output import staged_path
 from sdq_export.parity import ParityReport
 from sdq_export.passes.prologue import prologue_names
@@ -59,8 +61,18 @@ def make_manifest(folder: Path, job: ExportJob, report: ParityReport, free_size:
     )
 
 
-def free_size_of(source: Source) -> dict[str, int]:
-    """What the manifest says of a free size, in pixels."""
+def free_size_of(source: Source, plan: SamplerPlan) -> dict[str, int]:
+    """What the manifest says of a free size, in pixels.
+
+    Raises:
+        SdqError: the sampler's timesteps are those of one size.
+    """
+    if is_dynamic(plan.config):
+        raise SdqError(
+            f"The scheduler of {source.model} has use_dynamic_shifting: each size of image has timesteps of its own, "
+            "and a package has those of one.",
+            "Leave --dynamic-size out, or set use_dynamic_shifting to false in scheduler/scheduler_config.json.",
+        )
     family, pixels = source.family, source.family.pixels_per_latent
     limit = family.latent_limit
     found = {"size_multiple": family.latent_multiple * pixels}

@@ -12,6 +12,7 @@ from sdq_engines.errors import SdqError
 from sdq_export.configs import check_config, read_json
 from sdq_export.embeddings import Embedding, check_embeddings, learn
 from sdq_export.families import Family, family_of_checkpoint
+from sdq_export.families.shift import settle_shift
 from sdq_export.hub import fetch_checkpoint
 from sdq_export.inpainting import remember_whole_mask
 from sdq_export.loading import load_model, load_tokenizer, naming
@@ -174,7 +175,7 @@ class Source:
         kind = scheduler_class(self.index, self.model)
         with naming(f"The scheduler of {self.model} (scheduler/scheduler_config.json)"):
             found = kind.from_pretrained(self.folder / "scheduler", local_files_only=True)
-        return self._repair(self.skeleton, found)
+        return settle_shift(self.family, self._repair(self.skeleton, found))
 
     def scheduler_named(self, name: str | None) -> Any:
         """The scheduler of a command's name, with the checkpoint's noise schedule; None is the checkpoint's own.
@@ -186,7 +187,7 @@ class Source:
         """
         if name is None:
             return self.scheduler
-        return self._repair(self.skeleton, make_scheduler(name, self.scheduler.config))
+        return settle_shift(self.family, self._repair(self.skeleton, make_scheduler(name, self.scheduler.config)))
 
     def pipeline(self, scheduler: Any, kind: str | None = None) -> Any:
         """diffusers' own pipeline of these parts, silent; `kind` is its class, by default the family's."""
@@ -261,4 +262,4 @@ def _check_weights(source: Source, part: str) -> None:
             "and loading a pickle can run any code; safetensors are wanted.",
             "Convert it where you trust it: load it with diffusers and save_pretrained(..., safe_serialization=True).",
         )
-    raise SdqError(f"{source.model} has no {part}/*.safetensors.")
+    raise SdqError(f"{source.model} has no {part}/*.safetensors.", f"Get the folder {part}/ with its weights.")

@@ -35,7 +35,8 @@ def tokenizer_json(tokenizer: Any, length: int) -> str:
         wanted = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
         if copied.encode(prompt).ids != list(wanted):
             raise SdqError(
-                f"The tokenizer {type(tokenizer).__name__} cannot be packaged: its ids for {prompt[:20]!r} are not "
-                "reproduced by its tokenizer.json."
+                f"The tokenizer {type(tokenizer).__name__} cannot be packaged: as one tokenizer.json, which the "
+                f"runtime reads, it gives other token ids for {prompt[:20]!r} than in transformers.",
+                "Save it again with a current transformers: AutoTokenizer.from_pretrained(FOLDER), save_pretrained.",
             )
     return str(copied.to_str())

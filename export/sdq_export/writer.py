@@ -81,7 +81,7 @@ def export_package(
 
         source.family.check()
         _check_encoder(source, settings.vae_encoder)
-        free_size = free_size_of(source) if settings.dynamic_size else {}
+        free_size = free_size_of(source, plan) if settings.dynamic_size else {}
         job = _planned(source, plan, guidance_scale, settings, checkpoint, staging, stage)
         forecast = forecast_export(source, job.gate, checkpoint is not None, job.device, settings.engines)
         _foresee(forecast, folder, settings.force, on_notice)

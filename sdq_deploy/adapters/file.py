@@ -106,7 +106,8 @@ def _changes(path: Path, keys: Sequence[str], names: Mapping[str, Layer]) -> lis
         change = changes.setdefault(layer, Change(layer, split[0]))
         if split[1] in change.keys:
             raise SdqError(
-                f"The adapter {path} does not fit the model: {key} and {change.keys[split[1]]} are one layer's."
+                f"The adapter {path} does not fit the model: {key} and {change.keys[split[1]]} both change one layer.",
+                "Get the file again: it names a layer twice.",
             )
         change.keys[split[1]] = key
     unknown_hint = (

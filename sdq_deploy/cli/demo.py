@@ -22,18 +22,25 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("build/demo"),
+    out: Annotated[
+        Path, typer.Option("--out", help="The folder to write; what is finished in it is not made again.")
+    ] = Path("build/demo"),
     engine: Annotated[
-        list[str] | None, typer.Option("--engine", help=f"Repeatable; by default {', '.join(_ENGINES)}.")
+        list[str] | None,
+        typer.Option(
+            "--engine", help=f"An engine to build and compare; repeatable. If not given, {', '.join(_ENGINES)}."
+        ),
     ] = None,
-    images: Annotated[int, typer.Option(min=8, help="Held-out prompts to compare on.")] = 64,
+    images: Annotated[
+        int, typer.Option(min=8, help="How many images are compared, each of a prompt that training has not seen.")
+    ] = 64,
     max_train_steps: Annotated[
-        int | None, typer.Option(min=0, help="Fewer steps than the recipe's, for a quick look.")
+        int | None, typer.Option(min=0, help="Train fewer steps than the recipe, for a quick look.")
     ] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe value; repeatable.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of data and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """Train, export, build, run and compare on the embedded model, in a few minutes on a laptop's CPU.

@@ -39,7 +39,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="CANDIDATE...",
-            help="Packages, training runs or models; NAME=PATH gives one a name of its own.",
+            help="What to compare: packages, training runs or models. NAME=PATH gives one a name of its own.",
             show_default=False,
         ),
     ],
@@ -47,45 +47,77 @@ def evaluate(
         "build/evaluation"
     ),
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The floating-point model; by default the candidates' source.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The floating-point model to compare with. If not given, the one that the candidates were made from.",
+        ),
     ] = None,
     config: ConfigOption = None,
     vae_from: VaeFromOption = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="UTF-8 text, one prompt per line.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", help="A text file with one prompt a line, or a table: .csv, .tsv, .jsonl or .parquet."
+        ),
+    ] = None,
     split: Annotated[
-        _Split | None, typer.Option("--split", help="Captions of shapes-64 in place of a file.", show_default=False)
+        _Split | None,
+        typer.Option(
+            "--split",
+            help="Take captions of shapes-64 in place of a file: held_out to report on, validation to choose settings.",
+            show_default=False,
+        ),
     ] = None,
     num_images: Annotated[
         int | None,
-        typer.Option(min=2, help=f"By default one a line of the file, or {_DEFAULT_IMAGES} of a split."),
+        typer.Option(
+            min=2,
+            help=f"How many images. If not given, one for each line of the file, or {_DEFAULT_IMAGES} of a split.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of a file's first image; image i starts from seed + i.")] = 0,
-    engine: Annotated[str, typer.Option("--engine", help="Of packages.")] = "auto",
-    scheduler: Annotated[str | None, typer.Option(help="Where only models are compared.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Where only models are compared.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="By default the packages' or runs' own.")] = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first image of a file of prompts; image i starts from seed + i.")
+    ] = 0,
+    engine: Annotated[str, typer.Option("--engine", help="The engine that packages run on.")] = "auto",
+    scheduler: Annotated[
+        str | None, typer.Option(help="The sampler, where only models are compared; packages and runs have their own.")
+    ] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(help="The steps, where only models are compared; packages and runs have their own.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="The guidance. If not given, the packages' or runs' own.")
+    ] = None,
     real: Annotated[
-        Path | None, typer.Option("--real", metavar="FOLDER", help="Real images, for Fréchet distances to them.")
+        Path | None,
+        typer.Option("--real", metavar="FOLDER", help="A folder of real images, to measure Fréchet distances to them."),
     ] = None,
-    lpips: Annotated[Path | None, typer.Option("--lpips", metavar="FILE", help="AlexNet's weights, for LPIPS.")] = None,
+    lpips: Annotated[
+        Path | None, typer.Option("--lpips", metavar="FILE", help="AlexNet's weights, to measure LPIPS.")
+    ] = None,
     inception: Annotated[
-        Path | None, typer.Option("--inception", metavar="FILE", help="Inception's weights, for FID.")
+        Path | None, typer.Option("--inception", metavar="FILE", help="Inception's weights, to measure FID.")
     ] = None,
     clip: Annotated[
-        Path | None, typer.Option("--clip", metavar="FOLDER", help="A CLIP model's folder, for the CLIP score.")
+        Path | None, typer.Option("--clip", metavar="FOLDER", help="A CLIP model's folder, to measure the CLIP score.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images made together.")] = 8,
-    processes: Annotated[int, typer.Option(min=1, help="That make images at once.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many images are made together.")] = 8,
+    processes: Annotated[int, typer.Option(min=1, help="How many processes make images at once.")] = 1,
     traced: Annotated[
-        int, typer.Option(min=0, help="Images whose latents are compared at every step; the first ones.")
+        int, typer.Option(min=0, help="How many images, the first ones, have their latents compared at every step.")
     ] = 256,
     fail_below: Annotated[
-        str | None, typer.Option(metavar="FIGURE=VALUE,...", help="Exit with 1 if a candidate's mean is lower.")
+        str | None,
+        typer.Option(
+            metavar="FIGURE=VALUE,...",
+            help="Exit with 1 if the mean of one of these figures is lower, for any candidate.",
+        ),
     ] = None,
     write_manifest: Annotated[
         bool, typer.Option("--write-manifest", help="Store the figures in the packages' manifests.")
     ] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Keep torch on the CPU.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU although there is a GPU.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Compare candidates with the floating-point model: same prompts, same seeds, every figure with its 95 % interval.

@@ -40,28 +40,28 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The package's folder.", show_default=False)],
     engine: Annotated[
         list[str] | None,
-        typer.Option("--engine", help="Repeatable: auto, tensorrt, tensorrt-rtx, openvino, onnxruntime."),
+        typer.Option(
+            "--engine", help="An engine to build too: auto, tensorrt, tensorrt-rtx, openvino, ...; repeatable."
+        ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="How floating-point weights are stored: fp16, or fp32 (an unquantized model only).")
     ] = "fp16",
     prologue: Annotated[
-        str | None, typer.Option(help="A RUN's prologue: fp16, int8 (half of it) or int4, if parity holds.")
+        str | None, typer.Option(help="How a RUN stores what depends on prompts alone: fp16, int8 or int4.")
     ] = None,
     text_encoder: Annotated[
-        str | None, typer.Option(help="All text encoders: fp16, int8 (half of it) or int4, if parity holds.")
+        str | None, typer.Option(help="How text encoders are stored: fp16, int8 (half the bytes) or int4.")
     ] = None,
-    vae: Annotated[
-        str | None, typer.Option(help="VAE decoder and encoder: fp16 or int8 (half of it), if parity holds.")
-    ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="A MODEL's sampler; its own if not given.")] = None,
+    vae: Annotated[str | None, typer.Option(help="How the VAE is stored: fp16 or int8 (half the bytes).")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="The sampler of a MODEL. If not given, its own.")] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option(help="A MODEL's steps; its pipeline's own if not given.")
+        int | None, typer.Option(help="The steps of a MODEL. If not given, its pipeline's.")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="The package's default; the run's, or a MODEL's own pipeline's.")
+        float | None, typer.Option(help="The package's default. If not given, the run's or the pipeline's.")
     ] = None,
-    batch: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="Images per call of the engines.")] = "1,1,4",
+    batch: Annotated[str, typer.Option(metavar="MIN,OPT,MAX", help="The images of a call of the engines.")] = "1,1,4",
     vae_encoder: Annotated[
         bool,
         typer.Option("--vae-encoder/--no-vae-encoder", help="Whether the package may start from images (run --image)."),
@@ -73,7 +73,7 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="WIDTHxHEIGHT",
-            help="Of the engines, with --dynamic-size. Repeatable: from the least to the most, tuned for the first.",
+            help="An image size of the engines, with --dynamic-size; repeatable, as in build.",
         ),
     ] = None,
     prompt_chunks: PromptChunksOption = None,
@@ -89,7 +89,7 @@ def export(
     ] = None,
     config: ConfigOption = None,
     vae_from: VaeFromOption = None,
-    revision: Annotated[str | None, typer.Option(help="Of a MODEL on the hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     gate: Annotated[
         str,
         typer.Option(
@@ -102,7 +102,7 @@ def export(
         str, typer.Option(help="Where the model runs for the gate: auto (a GPU if torch has one), cpu or cuda.")
     ] = "auto",
     force: Annotated[
-        bool, typer.Option("--force", help="Export although the memory or the disk does not seem to suffice.")
+        bool, typer.Option("--force", help="Export although memory or disk do not seem to suffice.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -110,6 +110,7 @@ def export(
 
     Example: sdq-deploy export RUN --out package --engine openvino --engine tensorrt-rtx
     """
+    from sdq_engines.arguments import as_number
     from sdq_engines.backends.registry import check_engine_name
     from sdq_engines.build import choose_engine
     from sdq_engines.sizes import parse_size, profile_of_sizes
@@ -146,7 +147,7 @@ def export(
         force=force,
         scheduler=scheduler,
         num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        guidance_scale=None if guidance_scale is None else as_number(guidance_scale, "--guidance-scale"),
         prompt_chunks=prompt_chunks,
         clip_skip=clip_skip,
         embeddings=tuple(parse_embedding(each) for each in embedding or ()),

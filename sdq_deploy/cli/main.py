@@ -17,7 +17,9 @@ from sdq_engines.errors import SdqError
 
 __all__ = ["app", "run"]
 
-_EPILOG = "Start with: sdq-deploy demo. Then: train → export → run. Documentation: docs/ in the repository."
+_EPILOG = (
+    "Start with sdq-deploy demo. For your own model: train, then export, then run; docs/quickstart.md has the steps."
+)
 
 app = typer.Typer(
     name="sdq-deploy",

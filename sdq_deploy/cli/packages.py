@@ -39,7 +39,12 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _PackageArgument = Annotated[Path, typer.Argument(help="The package's folder.", show_default=False)]
-_EngineOption = Annotated[str, typer.Option("--engine", help="auto, tensorrt, tensorrt-rtx, openvino or onnxruntime.")]
+_EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="auto (the fastest that works here), tensorrt, tensorrt-rtx, openvino or onnxruntime."
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -51,19 +56,26 @@ def register(app: typer.Typer) -> None:
 def run(
     package: _PackageArgument,
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG; several images get -0, -1, … before .png.")] = Path(
-        "image.png"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The PNG file to write; several images get -0, -1, … before .png.")
+    ] = Path("image.png"),
     engine: _EngineOption = "auto",
-    seed: Annotated[int | None, typer.Option(help="Image i starts from seed + i; random if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Image i starts from seed + i. If not given, a random seed.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the images should not show.")] = None,
     prompt_2: Prompt2Option = None,
     prompt_3: Prompt3Option = None,
     negative_prompt_2: NegativePrompt2Option = None,
     negative_prompt_3: NegativePrompt3Option = None,
     weighting: WeightingOption = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="The package's own if not given.")] = None,
-    num_images_per_prompt: Annotated[int, typer.Option("--num-images-per-prompt", "-n", min=1)] = 1,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="How strongly images follow the prompt. If not given, the package's own; 1 or less is no guidance."
+        ),
+    ] = None,
+    num_images_per_prompt: Annotated[
+        int, typer.Option("--num-images-per-prompt", "-n", min=1, help="Images of each prompt.")
+    ] = 1,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Start from this image instead of noise.", show_default=False)
     ] = None,
@@ -78,11 +90,16 @@ def run(
             "and with a mask 0.8 and 1 (Stable Diffusion 1 and 2), 0.3 and 0.9999 (XL), 0.6 and 0.6 (3)."
         ),
     ] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels, as the engine was built for.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels, as the engine was built for.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Only the package's own is taken.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Only the package's own is taken.")] = None,
-    verify: Annotated[str, typer.Option(help="full: hash every file; cached: those changed since then.")] = "cached",
+    height: Annotated[int | None, typer.Option(help="Height in pixels, within what the engine was built for.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels, within what the engine was built for.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="A package takes no other than its own.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="A package takes no other than its own.")] = None,
+    verify: Annotated[
+        str,
+        typer.Option(
+            help="full hashes every file first; cached hashes those that have changed since the last check here."
+        ),
+    ] = "cached",
     json: JsonOption = False,
 ) -> None:
     """Make images with a package.
@@ -131,39 +148,41 @@ def run(
 def build(
     package: _PackageArgument,
     engine: Annotated[
-        list[str], typer.Option("--engine", help="Repeatable: auto, tensorrt, tensorrt-rtx, openvino, onnxruntime.")
+        list[str],
+        typer.Option("--engine", help="The engine: auto, tensorrt, tensorrt-rtx, openvino or onnxruntime; repeatable."),
     ],
-    batch_min: Annotated[int, typer.Option(min=1, help="Fewest images per call.")] = 1,
-    batch_opt: Annotated[int, typer.Option(min=1, help="Images per call that it is tuned for.")] = 1,
-    batch_max: Annotated[int, typer.Option(min=1, help="Most images per call.")] = 4,
+    batch_min: Annotated[int, typer.Option(min=1, help="The fewest images of a call.")] = 1,
+    batch_opt: Annotated[int, typer.Option(min=1, help="The images of a call that the engine is tuned for.")] = 1,
+    batch_max: Annotated[int, typer.Option(min=1, help="The most images of a call.")] = 4,
     size: Annotated[
         list[str] | None,
         typer.Option(
             metavar="WIDTHxHEIGHT",
-            help="Repeatable: every size from the least to the most of these, tuned for the first. "
-            "The package's own if not given; others need an export with --dynamic-size.",
+            help="An image size; repeatable. The engine takes every size from the least to the most of these, and is "
+            "tuned for the first. If not given, the package's own; others need an export with --dynamic-size.",
         ),
     ] = None,
     fp32: Annotated[
         list[str] | None,
         typer.Option(
             "--fp32",
-            help="Repeatable: a component of which nothing is computed in half precision; for NVIDIA engines e.g. "
-            "vae_decoder, for openvino the denoiser, whose long attention is in BF16.",
+            help="A part of the package that is computed in FP32 throughout; repeatable. For NVIDIA engines for "
+            "example vae_decoder, for openvino the denoiser, whose long attention is in BF16 otherwise.",
         ),
     ] = None,
     bf16: Annotated[
         list[str] | None,
         typer.Option(
-            "--bf16", help="Repeatable: a component that NVIDIA engines compute in BF16, e.g. text_encoder_3, a T5."
+            "--bf16",
+            help="A part of the package that NVIDIA engines compute in BF16, for example text_encoder_3; repeatable.",
         ),
     ] = None,
     sm: Annotated[
         list[int] | None,
         typer.Option(
             "--sm",
-            help="Repeatable: an NVIDIA architecture that a tensorrt-rtx engine is for, e.g. 89 (Ada) or 120 "
-            "(Blackwell). Default: every one from 80 that can compute the package.",
+            help="An NVIDIA architecture that a tensorrt-rtx engine is for, for example 89 (Ada) or 120 (Blackwell); "
+            "repeatable. If not given, every one from 80 on that can compute the package.",
         ),
     ] = None,
     json: JsonOption = False,
@@ -197,7 +216,7 @@ def build(
 
 
 def inspect(package: _PackageArgument, json: JsonOption = False) -> None:
-    """Show what a package says about itself; no file but the manifest is read.
+    """Show what a package says about itself. No file but its manifest is read.
 
     Example: sdq-deploy inspect package
     """
@@ -232,7 +251,7 @@ def inspect(package: _PackageArgument, json: JsonOption = False) -> None:
 
 
 def verify(package: _PackageArgument, json: JsonOption = False) -> None:
-    """Check a package's manifest, paths and every hash.
+    """Check a package: its manifest, its paths and the hash of every file.
 
     Example: sdq-deploy verify package
     """
@@ -276,18 +295,21 @@ def doctor(json: JsonOption = False) -> None:
 def bench(
     package: _PackageArgument,
     engine: Annotated[
-        list[str] | None, typer.Option("--engine", help="Repeatable; all that work if not given.")
+        list[str] | None,
+        typer.Option(
+            "--engine", help="An engine to time; repeatable. If not given, all of the package that work here."
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
-    runs: Annotated[int, typer.Option(min=3, help="Timed runs of each part, after warm ones.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="The images of a call.")] = 1,
+    runs: Annotated[int, typer.Option(min=3, help="How often each part is timed, after it has run a few times.")] = 10,
     against: Annotated[
-        str | None, typer.Option(help="Also time diffusers, eager FP32, on this MODEL (needs the extra train).")
+        str | None, typer.Option(help="Also time diffusers with this MODEL, in FP32 (needs the extra train).")
     ] = None,
     config: ConfigOption = None,
     vae_from: VaeFromOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Time a package: each component and the whole call, warm, median.
+    """Time a package: the median of each part and of the whole call.
 
     Example: sdq-deploy bench package --engine openvino --against shapes-64
     """
@@ -351,7 +373,12 @@ def _check_output(out: Path) -> None:
     from sdq_engines.files import make_writable
 
     if out.is_dir():
-        raise SdqError(f"{out} is a folder; a file is wanted.", "Give a file: --out image.png")
+        raise SdqError(f"--out {out} is a folder; a file is wanted.", "Give a file: --out image.png")
+    if out.suffix.lower() != ".png":
+        raise SdqError(
+            f"--out {out} does not end in .png, and PNG is the one format in which images are written.",
+            f"Give --out {out.with_suffix('.png')}",
+        )
     make_writable(out.parent)
 
 
@@ -360,7 +387,7 @@ def _save(result: PipelineOutput, out: Path) -> list[str]:
 
     files = []
     for index, image in enumerate(result.images):
-        path = out if len(result.images) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix or '.png'}")
+        path = out if len(result.images) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix}")
         with atomic_write(path) as temporary:
             image.save(temporary, format="PNG")
         files.append(str(path))

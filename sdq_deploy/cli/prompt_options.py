@@ -22,8 +22,8 @@ PromptChunksOption = Annotated[
     typer.Option(
         "--prompt-chunks",
         metavar="N",
-        help="Take prompts of up to N chunks of 75 tokens; every image then costs the attention to all N. "
-        "If not given, one chunk; an export of a RUN takes as many as the training.",
+        help="Take prompts of up to N chunks of 75 tokens. Every image then pays for all N. "
+        "If not given, one chunk, or for a RUN as many as it was trained with.",
         show_default=False,
     ),
 ]
@@ -33,8 +33,8 @@ ClipSkipOption = Annotated[
     typer.Option(
         "--clip-skip",
         metavar="N",
-        help="Leave out the last N layers of the CLIP text encoders, as diffusers' clip_skip. "
-        "If not given, none; an export of a RUN leaves out as many as the training.",
+        help="Leave out the last N layers of the CLIP text encoders, as diffusers' clip_skip does. "
+        "If not given, none, or for a RUN as many as it was trained with.",
         show_default=False,
     ),
 ]
@@ -44,7 +44,7 @@ EmbeddingOption = Annotated[
     typer.Option(
         "--embedding",
         metavar="NAME=FILE",
-        help="A textual inversion (.safetensors) that prompts name NAME; repeatable.",
+        help="Let NAME in a prompt stand for a textual inversion, the vectors of FILE (.safetensors); repeatable.",
         show_default=False,
     ),
 ]

@@ -27,18 +27,21 @@ ConfigOption = Annotated[
     typer.Option(
         "--config",
         metavar="FOLDER|ID",
-        help="Of a MODEL that is one file: the diffusers folder or hub id with its configuration, "
-        "or a folder with its tokenizer/.",
+        help="Where the configuration of a MODEL in one file comes from: a diffusers folder or hub id, or a folder "
+        "that has only tokenizer/.",
         show_default=False,
     ),
 ]
 VaeFromOption = Annotated[
     Path | None,
     typer.Option(
-        "--vae-from", metavar="FILE", help="Of a MODEL that is one file: take the VAE of this file.", show_default=False
+        "--vae-from",
+        metavar="FILE",
+        help="Take the VAE of a MODEL in one file from this other file.",
+        show_default=False,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON for machines.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs to read.")]
 
 
 class Interrupted(Exception):

@@ -48,62 +48,111 @@ def train(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A diffusers folder, a hub id, a model.safetensors, or shapes-64 (embedded)."
+            metavar="MODEL",
+            help="The model to quantize: a diffusers folder, a hub id, one .safetensors file, or shapes-64.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run folder to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="RUN", help="The folder to write. It holds the whole training: a run.")
+    ],
     recipe: Annotated[
-        str | None, typer.Option("--recipe", help="A recipe's name or TOML file. Default: the model's family.")
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="The settings: a recipe's name, or a TOML file. If not given, the recipe of the model's family.",
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Text, one prompt per line, or .csv, .tsv, .jsonl, .parquet.")
+        Path | None,
+        typer.Option(
+            "--prompts", help="A text file with one prompt a line, or a table: .csv, .tsv, .jsonl or .parquet."
+        ),
     ] = None,
     prompt_column: Annotated[
-        str | None, typer.Option("--prompt-column", help="Of such a table; default: prompt, caption or text.")
+        str | None, typer.Option("--prompt-column", help="The table's column. If not given: prompt, caption or text.")
     ] = None,
     precision: Annotated[
-        PrecisionName | None, typer.Option("--precision", help="Number formats of weights and activations.")
+        PrecisionName | None,
+        typer.Option("--precision", help="The bits of weights (w) and of activations (a); fp8 is E4M3 for both."),
     ] = None,
     method: Annotated[
-        _Method | None, typer.Option("--method", help="How integers and scales are found; default: s2p.")
+        _Method | None,
+        typer.Option(
+            "--method", help="How weights are rounded and scales are found. If not given, s2p, which trains both."
+        ),
     ] = None,
     ptq_algorithm: Annotated[
-        _PtqAlgorithm | None, typer.Option("--ptq-algorithm", help="Of --method ptq, which it implies.")
+        _PtqAlgorithm | None,
+        typer.Option("--ptq-algorithm", help="Which algorithm --method ptq uses. It chooses that method, too."),
     ] = None,
     scheduler: Annotated[
-        str | None, typer.Option("--scheduler", help="ddim, pndm, euler, ...; default: the recipe's.")
+        str | None,
+        typer.Option(
+            "--scheduler", help="The sampler to train for: ddim, pndm, euler, ... If not given, the recipe's."
+        ),
     ] = None,
-    num_inference_steps: Annotated[int | None, typer.Option("--num-inference-steps", help="Sampling steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option("--guidance-scale", help="1 switches guidance off.")] = None,
-    max_train_steps: Annotated[int | None, typer.Option("--max-train-steps", help="0 calibrates only.")] = None,
-    pipeline: Annotated[_Pipeline | None, typer.Option("--pipeline", help="Where training latents come from.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of data and training. Default: 0.")] = None,
+    num_inference_steps: Annotated[
+        int | None,
+        typer.Option("--num-inference-steps", help="The sampling steps to train for. If not given, the recipe's."),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option("--guidance-scale", help="The guidance to train for; 1 is none. If not given, the recipe's."),
+    ] = None,
+    max_train_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--max-train-steps", help="How many steps to train; 0 calibrates only. If not given, the recipe's."
+        ),
+    ] = None,
+    pipeline: Annotated[
+        _Pipeline | None,
+        typer.Option(
+            "--pipeline",
+            help="Which latents training sees: those of the model's inference (serial-to-parallel), of noised images "
+            "(parallel), or of the quantized model's inference (serial).",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of data and training. If not given, 0.")] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe value; repeatable.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
     ] = None,
     dataset: Annotated[
-        Path | None, typer.Option("--dataset", metavar="RUN", help="Take over another run's serial dataset if it fits.")
+        Path | None,
+        typer.Option(
+            "--dataset", metavar="RUN", help="Take over the latents that another run has collected, as far as they fit."
+        ),
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Fuse an adapter into the model first; repeatable."),
+        typer.Option(
+            "--lora", metavar="FILE[=WEIGHT]", help="Fuse an adapter into the model before training; repeatable."
+        ),
     ] = None,
     embedding: EmbeddingOption = None,
     clip_skip: ClipSkipOption = None,
     prompt_chunks: PromptChunksOption = None,
     config: ConfigOption = None,
     vae_from: VaeFromOption = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of a hub model.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue what RUN holds; options given here win.")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue the training that RUN holds, with its own settings where none are given here."
+        ),
+    ] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU although there is a GPU.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would take: layers, disk, memory, time.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Only say which layers are quantized, and how much disk, memory and time it would take."
+        ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train a quantized denoiser and save it as RUN/checkpoint.
+    """Train a quantized denoiser. The result is RUN/checkpoint, which export reads.
 
-    Several processes: accelerate launch --multi_gpu --num_processes 2 -m sdq_deploy.cli.main train ...
+    On several GPUs: accelerate launch --multi_gpu --num_processes 2 -m sdq_deploy.cli.main train ...
 
     Example: sdq-deploy train shapes-64 --out build/run --precision w4a8
     """
@@ -114,26 +163,27 @@ def train(
     from sdq_deploy.training.run import run_training
     from sdq_export.single_file import FromFile
 
-    options: dict[str, Any] = {
-        "method": method.value if method is not None else "ptq" if ptq_algorithm is not None else None,
-        "ptq.algorithm": None if ptq_algorithm is None else ptq_algorithm.value,
-        "quantization.precision": precision,
-        "text.clip_skip": clip_skip,
-        "text.prompt_chunks": prompt_chunks,
-        "sampling.scheduler": scheduler,
-        "sampling.num_inference_steps": num_inference_steps,
-        "sampling.guidance_scale": guidance_scale,
-        "fit.max_train_steps": max_train_steps,
-        "fit.pipeline": None if pipeline is None else pipeline.value,
+    values: dict[str, tuple[str, Any]] = {
+        "method": ("--method", method or (None if ptq_algorithm is None else _Method.ptq)),
+        "ptq.algorithm": ("--ptq-algorithm", ptq_algorithm),
+        "quantization.precision": ("--precision", precision),
+        "text.clip_skip": ("--clip-skip", clip_skip),
+        "text.prompt_chunks": ("--prompt-chunks", prompt_chunks),
+        "sampling.scheduler": ("--scheduler", scheduler),
+        "sampling.num_inference_steps": ("--num-inference-steps", num_inference_steps),
+        "sampling.guidance_scale": ("--guidance-scale", guidance_scale),
+        "fit.max_train_steps": ("--max-train-steps", max_train_steps),
+        "fit.pipeline": ("--pipeline", pipeline),
     }
-    overrides = parse_assignments(assignments or []) | {
-        key: value for key, value in options.items() if value is not None
-    }
+    given = {key: (option, value) for key, (option, value) in values.items() if value is not None}
+    plain = {key: value.value if isinstance(value, enum.Enum) else value for key, (_, value) in given.items()}
+    overrides = parse_assignments(assignments or []) | plain
     settings = resolve_settings(
         model,
         out,
         recipe=recipe,
         overrides=overrides,
+        options={key: option for key, (option, _) in given.items()},
         prompt_file=prompts,
         prompt_column=prompt_column,
         seed=seed,

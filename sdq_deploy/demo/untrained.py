@@ -13,6 +13,7 @@ from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import load_split
 from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.methods.ptq import candidates
+from sdq_deploy.training.prepare import kept_embeddings
 from sdq_deploy.training.run import make_accelerator, read_settings
 from sdq_deploy.training.student import Student
 from sdq_engines.errors import SdqError
@@ -69,7 +70,7 @@ def _context_of(run: Path, algorithm: PtqAlgorithm, source: Source | None) -> Tr
         prompts=tuple(recorded.get("prompts", ())),
         seed=recorded.get("seed", 0),
         revision=recorded.get("revision"),
-        embeddings=tuple(recorded.get("embeddings", ())),
+        embeddings=kept_embeddings(run, recorded),
     )
     folder = RunFolder(run)
     where = folder.model if folder.prepared.is_file() else resolve_model(settings.model)

@@ -19,6 +19,8 @@ from sdq_engines.errors import SdqError
 
 __all__ = ["clip_scorer", "inception_space", "lpips_scorer"]
 
+_WEIGHTS = "Give the file that docs/evaluation.md names, or leave the metric out."
+
 
 def lpips_scorer(weights: Path, device: str = "cpu") -> ImageScorer:
     """torchmetrics' LPIPS on AlexNet's features.
@@ -96,7 +98,10 @@ def clip_scorer(folder: Path, prompts: Sequence[str], device: str = "cpu") -> Im
         model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval().to(device)
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise SdqError(f"{folder} does not load as a CLIP model: {str(error).splitlines()[0]}") from error
+        raise SdqError(
+            f"{folder} does not load as a CLIP model: {str(error).splitlines()[0]}",
+            "Give a folder with config.json, model.safetensors and the processor's files: --clip FOLDER",
+        ) from error
 
     @torch.no_grad()
     def take(images: Images, reference: Images, numbers: Sequence[int]) -> Values:
@@ -134,11 +139,11 @@ def _require(module: str, metric: str) -> None:
 def _plain_copy(weights: Path, name: str) -> Iterator[Path]:
     """A folder with the tensors of a weights file under `name`, and nothing that would run when it is unpickled."""
     if not weights.is_file():
-        raise SdqError(f"The weights {weights} do not exist.")
+        raise SdqError(f"The weights {weights} do not exist.", "Give a file, or leave the metric out.")
     try:
         tensors = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # what is no weights file makes the unpickler raise anything
-        raise SdqError(f"{weights} is no weights file that PyTorch loads without running code.") from error
+        raise SdqError(f"{weights} is no weights file that PyTorch loads without running code.", _WEIGHTS) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,4 +156,4 @@ def _as_loading(weights: Path, network: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise SdqError(f"The weights {weights} are not those of {network}.") from error
+        raise SdqError(f"The weights {weights} are not those of {network}.", _WEIGHTS) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdq_deploy.evaluation.candidates import Candidate
+from sdq_engines.arguments import as_number
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import SamplerSettings
 from sdq_export.source import load_source
@@ -28,8 +29,10 @@ def agree_on_sampler(
         guidance_scale: replaces the candidates' own.
 
     Raises:
-        SdqError: they differ, with what differs.
+        SdqError: they differ, with what differs; a guidance that is not finite in FP32.
     """
+    if guidance_scale is not None:
+        guidance_scale = as_number(guidance_scale, "--guidance-scale")
     own = [candidate for candidate in candidates if candidate.sampler is not None]
     if not own:
         return _model_sampler(reference, scheduler, num_inference_steps, guidance_scale)

@@ -121,7 +121,9 @@ def _measure_real(chosen: Scorers, folder: Path, image_size: tuple[int, int]) ->
                 with Image.open(file) as image:
                     pixels.append(np.asarray(image.convert("RGB")))
             except OSError as error:
-                raise SdqError(f"The real image {file} cannot be read: {error}.") from error
+                raise SdqError(
+                    f"The real image {file} cannot be read: {error}.", "Take it out of the folder."
+                ) from error
             if pixels[-1].shape[:2] != image_size:
                 found = f"{pixels[-1].shape[1]}x{pixels[-1].shape[0]}"
                 raise SdqError(
@@ -134,8 +136,11 @@ def _measure_real(chosen: Scorers, folder: Path, image_size: tuple[int, int]) ->
 
 def _image_files(folder: Path) -> Sequence[Path]:
     if not folder.is_dir():
-        raise SdqError(f"The folder of real images {folder} does not exist.")
+        raise SdqError(f"The folder of real images {folder} does not exist.", "Give another with --real FOLDER.")
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
     if len(files) < 2:
-        raise SdqError(f"{folder} holds {len(files)} images; a Fréchet distance needs two at least.")
+        raise SdqError(
+            f"{folder} holds {len(files)} images; a Fréchet distance needs two at least.",
+            f"Images are files that end in {', '.join(sorted(_IMAGE_SUFFIXES))}: --real FOLDER",
+        )
     return files

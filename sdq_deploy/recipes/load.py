@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -52,7 +53,7 @@ def read_recipe(name: str | Path) -> Tree:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SdqError(f"The recipe {name} is not valid TOML: {error}.") from error
+        raise SdqError(f"The recipe {name} is not valid TOML: {error}.", "Correct that line.") from error
 
 
 def with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> Tree:
@@ -70,8 +71,13 @@ def with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None)
     return merged | {key: _merge(table, in_tables) for key, table in tables.items()}
 
 
-def recipe_from(tree: Mapping[str, Any], origin: str) -> Recipe:
-    """The recipe of a parsed file, or of the tree that a run recorded; `origin` names it in messages.
+def recipe_from(tree: Mapping[str, Any], origin: str, options: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe of a parsed file, or of the tree that a run recorded.
+
+    Args:
+        tree: its tables.
+        origin: names it in messages.
+        options: dotted key -> the option of the command line that its value came from, which is named in its place.
 
     Raises:
         SdqError: values that are not allowed, every mistake in one report.
@@ -87,11 +93,24 @@ def recipe_from(tree: Mapping[str, Any], origin: str) -> Recipe:
             _validate(_merge(base, variant), problems)
     if problems or recipe is None:
         lines = list(dict.fromkeys(problems))
+        if sentences := _of_options(lines, options or {}):
+            raise SdqError(" ".join(sentences), "Give another value, or leave the option out for the recipe's own.")
         raise SdqError(
             f"The recipe {origin} has {len(lines)} mistake{'s' if len(lines) > 1 else ''}:\n  " + "\n  ".join(lines),
             "Correct them in the recipe, or with --set key=value.",
         )
     return recipe
+
+
+def _of_options(lines: Sequence[str], options: Mapping[str, str]) -> list[str]:
+    """The mistakes as sentences about options; empty where one is about something else."""
+    split = [(line.partition(": "), re.search(r": found (.*); allowed: (.*)$", line)) for line in lines]
+    sentences = [
+        f"{options[key]} takes {found[2]}, not {found[1]}."
+        for (key, _, _), found in split
+        if found is not None and key in options
+    ]
+    return sentences if len(sentences) == len(lines) else []
 
 
 def parse_assignments(assignments: Sequence[str]) -> Tree:
@@ -117,11 +136,11 @@ def _read_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         known = ", ".join(available_recipes())
-        raise SdqError(f"There is no recipe {path}: neither a file nor one of {known}.") from error
+        raise SdqError(f"There is no recipe {path}.", f"Give a TOML file, or one of {known}.") from error
     except UnicodeDecodeError as error:
-        raise SdqError(f"The recipe {path} is not UTF-8 text.") from error
+        raise SdqError(f"The recipe {path} is not UTF-8 text.", "Save it as UTF-8.") from error
     except OSError as error:
-        raise SdqError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+        raise SdqError(f"The recipe {path} cannot be read: {error.strerror}.", "Give another --recipe.") from error
 
 
 def _nest(values: Mapping[str, Any]) -> Tree:

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+
+from sdq_engines.validation import describe_mistake
 
 __all__ = ["describe_errors"]
 
 
 def describe_errors(model: type[BaseModel], error: ValidationError) -> list[str]:
     """One line per mistake, "key: found ..., allowed ..."."""
-    return [_describe(model, details) for details in error.errors()]
-
-
-def _describe(model: type[BaseModel], details: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in details["loc"])
-    kind, context, found = details["type"], details.get("ctx", {}), details.get("input")
-    if kind == "extra_forbidden":
-        return _unknown_key(model, details["loc"])
-    if kind == "missing":
-        return f"{key}: is missing"
-    if kind == "value_error":
-        return f"{key}: {context['error']}"
-    return f"{key}: found {found!r}; allowed: {_allowed(kind, context, details['msg'])}"
-
-
-def _allowed(kind: str, context: dict[str, Any], message: str) -> str:
-    if kind == "literal_error":
-        return str(context["expected"])
-    bounds = {
-        "greater_than_equal": ("ge", ">="),
-        "greater_than": ("gt", ">"),
-        "less_than_equal": ("le", "<="),
-        "less_than": ("lt", "<"),
-    }
-    if kind in bounds:
-        name, sign = bounds[kind]
-        return f"{sign} {context[name]}"
-    text = message.removeprefix("Input should be ")
-    return text.split(", ")[0]
+    return [
+        _unknown_key(model, details["loc"]) if details["type"] == "extra_forbidden" else describe_mistake(details)
+        for details in error.errors()
+    ]
 
 
 def _unknown_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:

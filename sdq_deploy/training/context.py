@@ -21,7 +21,7 @@ from sdq_deploy.training.prompts import PromptSplit, split_prompts
 from sdq_deploy.training.registry import method_named
 from sdq_deploy.training.teacher import make_teacher
 from sdq_export.checkpoint import SamplerSettings, SourceRef
-from sdq_export.embeddings import parse_embedding
+from sdq_export.embeddings import Embedding
 from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler import SamplerPlan, compile_sampler
 from sdq_export.single_file import FromFile
@@ -48,8 +48,8 @@ class TrainingSettings:
     prompts: tuple[str, ...]
     seed: int = 0
     revision: str | None = None
-    embeddings: tuple[str, ...] = ()
-    """Textual inversions that prompts name, each NAME=FILE."""
+    embeddings: tuple[Embedding, ...] = ()
+    """Textual inversions that prompts name."""
     loras: tuple[Lora, ...] = ()
     """Adapters to fuse into the model first."""
     from_file: FromFile = field(default_factory=FromFile)
@@ -74,7 +74,7 @@ class TrainingContext:
     ) -> None:
         self.settings, self.accelerator, self.progress = settings, accelerator, progress
         self.recipe, self.seed = settings.recipe, settings.seed
-        source = source.with_text(self.text, [parse_embedding(each) for each in settings.embeddings])
+        source = source.with_text(self.text, settings.embeddings)
         self.source = source.with_split_shortcuts() if self.recipe.quantization.split_shortcuts else source
         self.folder = RunFolder(settings.out)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sdq_engines.errors import SdqError
 from sdq_engines.files import atomic_write_json
+from sdq_engines.in_progress import what_was_killed
 
 __all__ = ["RunFolder"]
 
@@ -24,6 +25,7 @@ class RunFolder:
         self.status_file = path / "run.json"
         self.model = path / "model"
         self.prepared = self.model / "prepared.json"
+        self.embeddings = path / "embeddings.safetensors"
         self.dataset = path / "dataset"
         self.scales = path / "scales.safetensors"
         self.sensitivity = path / "sensitivity.json"
@@ -32,10 +34,20 @@ class RunFolder:
         self.curves = path / "curves.png"
 
     def read_status(self) -> dict[str, Any]:
-        """What run.json says; a new run's where there is none."""
+        """What run.json says; a new run's where there is none.
+
+        Raises:
+            SdqError: it cannot be read, or is no run's.
+        """
         if not self.status_file.is_file():
             return {"kind": "sdq-run", "status": "new", "settings": {}, "stages": {}}
-        status: dict[str, Any] = json.loads(self.status_file.read_text(encoding="utf-8"))
+        hint = "Train it again, into another folder or after you have emptied this one."
+        try:
+            status = json.loads(self.status_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SdqError(f"{self.status_file} cannot be read: {error}.", hint) from error
+        if not isinstance(status, dict) or not {"status", "settings", "stages"} <= status.keys():
+            raise SdqError(f"{self.status_file} is not what a training writes.", hint)
         return status
 
     def read_identity(self) -> str | None:
@@ -51,13 +63,11 @@ class RunFolder:
         """
         if not self.status_file.is_file():
             return
-        try:
-            status = self.read_status().get("status")
-        except (OSError, ValueError, AttributeError) as error:
-            raise SdqError(f"{self.status_file} cannot be read: {error}.", "Train it again.") from error
+        status = self.read_status()["status"]
         if status != "complete":
+            killed = what_was_killed(self.path)
             raise SdqError(
-                f"The training in {self.path} is not finished: it stopped in the stage {status!r}.",
+                f"The training in {self.path} is not finished: " + (killed or f"it stopped in the stage {status!r}."),
                 f"Finish it: sdq-deploy train MODEL --out {self.path} --resume",
             )
 

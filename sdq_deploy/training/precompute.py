@@ -33,7 +33,8 @@ def precompute(context: TrainingContext) -> dict[str, float]:
         advance()
     if not error <= TOLERANCE:
         raise SdqError(
-            f"The tabulated time path differs from the denoiser's by {error:.1e} (relative), more than {TOLERANCE}."
+            f"The tabulated time path differs from the denoiser's by {error:.1e} (relative), more than {TOLERANCE}.",
+            "The denoiser's time path is of a form that is not supported; please report the checkpoint.",
         )
     return {"error": error}
 

@@ -1,7 +1,8 @@
 """Stage prepare: RUN/model, where what the run trains is not a checkpoint as it is: adapters fused, a file converted.
 
 It comes before the other stages, for they depend on the model. One process makes it, under a temporary name that is
-renamed when it is whole; it is kept while the model, the adapters and their weights are the same.
+renamed when it is whole; it is kept while the model, the adapters and their weights are the same. Textual inversions
+are copied too, to RUN/embeddings.safetensors, so that a run needs no file but its model.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
 
 from sdq_deploy.lora import fuse_loras
 from sdq_deploy.models import open_model, resolve_model
@@ -21,16 +25,17 @@ from sdq_deploy.sharing import await_files
 from sdq_deploy.training.context import TrainingSettings
 from sdq_deploy.training.folder import RunFolder
 from sdq_engines.errors import SdqError
-from sdq_engines.files import atomic_write_json, atomic_write_text
+from sdq_engines.files import atomic_write, atomic_write_json, atomic_write_text
 from sdq_export.checkpoint import CHECKPOINT_FOLDER
 from sdq_export.conversion import convert_file, file_identity
+from sdq_export.embeddings import Embedding, packed, unpacked
 from sdq_export.single_file import is_single_file
 from sdq_export.source import Source, load_source
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["base_identity", "is_prepared", "prepare_model"]
+__all__ = ["base_identity", "is_prepared", "keep_embeddings", "kept_embeddings", "prepare_model"]
 
 _STAGE = "prepare"
 
@@ -45,6 +50,48 @@ def base_identity(settings: TrainingSettings) -> str:
     if is_single_file(settings.model):
         return file_identity(Path(settings.model), settings.from_file)
     return open_model(settings.model, settings.revision).sha256
+
+
+def keep_embeddings(settings: TrainingSettings, recorded: dict[str, Any]) -> None:
+    """Copy the vectors of the textual inversions into the run; `kept_embeddings` finds them.
+
+    Args:
+        settings: the training.
+        recorded: the settings as run.json keeps them; written first, so that the folder is a run's.
+    """
+    folder = RunFolder(settings.out)
+    if not settings.embeddings or settings.embeddings == _unpacked(folder):
+        return
+    status = folder.read_status()
+    status["settings"] = recorded | {"identity": status["settings"].get("identity")}
+    folder.write_status(status | {"method": settings.recipe.method, "status": _STAGE})
+    tensors, notes = packed(settings.embeddings)
+    with atomic_write(folder.embeddings) as temporary:
+        save_file(tensors, temporary, metadata=notes)
+
+
+def kept_embeddings(out: Path, recorded: Mapping[str, Any]) -> tuple[Embedding, ...]:
+    """The textual inversions of a run that is resumed.
+
+    Args:
+        out: the run's folder.
+        recorded: its settings, as run.json keeps them.
+
+    Raises:
+        SdqError: they are not in the run, or damaged.
+    """
+    wanted = [(each["name"], each["sha256"]) for each in recorded.get("embeddings", ())]
+    found = _unpacked(RunFolder(out)) if wanted else ()
+    if [(each.name, each.sha256) for each in found] != wanted:
+        raise SdqError(
+            f"The run {out} was stopped before it had copied its embeddings ({', '.join(name for name, _ in wanted)}).",
+            "Give them again: --embedding NAME=FILE",
+        )
+    return found
+
+
+def _unpacked(folder: RunFolder) -> tuple[Embedding, ...]:
+    return tuple(unpacked(folder.embeddings)) if folder.embeddings.is_file() else ()
 
 
 def prepare_model(
@@ -64,6 +111,7 @@ def prepare_model(
     folder, ran = RunFolder(settings.out), False
     if accelerator.is_main_process:
         task = progress.add_task(_STAGE, total=None)
+        keep_embeddings(settings, recorded)
         ran = _prepare(settings, folder, recorded)
         if ran and is_single_file(settings.model):
             progress.console.print((folder.model / "NOTICE").read_text(encoding="utf-8").strip(), markup=False)

@@ -31,13 +31,18 @@ def read_prompts(path: Path, column: str | None = None) -> list[str]:
     try:
         found = _column(path, _READERS[path.suffix.lower()](path), column) if is_table(path) else _lines(path, column)
     except FileNotFoundError as error:
-        raise SdqError(f"The prompt file {path} does not exist.") from error
+        raise SdqError(
+            f"The prompt file {path} does not exist.",
+            "Write one prompt per line into a text file, or name the file of a table with a column of prompts.",
+        ) from error
     except UnicodeDecodeError as error:
         raise SdqError(
             f"The prompt file {path} is not UTF-8 text (byte {error.start}).", "Save it as UTF-8, one prompt per line."
         ) from error
     except OSError as error:
-        raise SdqError(f"The prompt file {path} cannot be read: {error.strerror or error}.") from error
+        raise SdqError(
+            f"The prompt file {path} cannot be read: {error.strerror or error}.", "Give a file that may be read."
+        ) from error
     prompts = [prompt.strip() for prompt in found if prompt.strip()]
     if not prompts:
         raise SdqError(f"The prompt file {path} is empty.", "Write one prompt per line.")
@@ -84,7 +89,10 @@ def _json_lines(path: Path) -> Rows:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise SdqError(f"Line {number} of {path} is not JSON: {error.msg}.") from error
+            raise SdqError(
+                f"Line {number} of {path} is not JSON: {error.msg}.",
+                'Write one object per line, for example {"prompt": "a red circle"}.',
+            ) from error
         rows.append(row if isinstance(row, dict) else {COLUMNS[0]: row})
     return rows
 
@@ -100,7 +108,9 @@ def _parquet(path: Path) -> Rows:
     try:
         rows: Rows = parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        raise SdqError(f"{path} is not a Parquet file: {error}") from error
+        raise SdqError(
+            f"{path} is not a Parquet file: {error}", "Write it again, or save the prompts as CSV."
+        ) from error
     return rows
 
 

@@ -11,12 +11,13 @@ from sdq_deploy.models import EMBEDDED, no_single_file
 from sdq_deploy.recipes.load import read_recipe, recipe_from, with_overrides
 from sdq_deploy.recipes.schema import Recipe
 from sdq_deploy.training.context import TrainingSettings
-from sdq_deploy.training.prepare import base_identity
+from sdq_deploy.training.prepare import base_identity, kept_embeddings
 from sdq_deploy.training.prompt_files import read_prompts
 from sdq_deploy.training.prompts import shapes_prompts
 from sdq_deploy.training.run import read_settings
 from sdq_engines.errors import SdqError
 from sdq_export.conversion import family_of_file
+from sdq_export.embeddings import parse_embedding
 from sdq_export.single_file import FromFile, is_single_file
 
 __all__ = ["default_recipe", "resolve_settings"]
@@ -43,6 +44,7 @@ def resolve_settings(
     *,
     recipe: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    options: Mapping[str, str] | None = None,
     prompt_file: Path | None = None,
     prompt_column: str | None = None,
     seed: int | None = None,
@@ -55,8 +57,22 @@ def resolve_settings(
     """Settle every value. A resumed run keeps its recipe, prompts, seed, adapters and embeddings but for what is
     given here.
 
+    Args:
+        model: as the user named it.
+        out: the run's folder.
+        recipe: a recipe's name or file; None takes the run's, or that of the model's family.
+        overrides: dotted key -> value on top of the recipe.
+        options: dotted key -> the option of the command line that its value came from, for messages.
+        prompt_file, prompt_column: where prompts come from.
+        seed: of data and training.
+        revision: of a hub model.
+        embeddings: textual inversions, NAME=FILE each.
+        loras: adapters to fuse.
+        from_file: how a model that is one file is converted.
+        resume: go on with what `out` holds.
+
     Raises:
-        SdqError: mistakes in the recipe or the prompts; the run folder trains another model.
+        SdqError: mistakes in the recipe, the prompts or the embeddings; the run folder trains another model.
     """
     # An absolute path, for the checkpoint has to find its source from anywhere.
     named = str(Path(model).resolve()) if model != EMBEDDED and Path(model).exists() else model
@@ -71,7 +87,7 @@ def resolve_settings(
         origin = recipe or default_recipe(model, revision, from_file)
         tree = read_recipe(origin)
     tree = with_overrides(tree, overrides)
-    chosen = recipe_from(tree, origin)
+    chosen = recipe_from(tree, origin, options)
     settings = TrainingSettings(
         model=named,
         out=out,
@@ -80,7 +96,7 @@ def resolve_settings(
         prompts=_prompts(model, chosen, prompt_file, prompt_column, recorded),
         seed=seed if seed is not None else recorded.get("seed", 0),
         revision=revision or recorded.get("revision"),
-        embeddings=_embeddings(embeddings) or tuple(recorded.get("embeddings", ())),
+        embeddings=tuple(map(parse_embedding, embeddings)) or kept_embeddings(out, recorded),
         loras=tuple(loras) or tuple(_recorded_lora(each) for each in recorded.get("loras", ())),
         from_file=from_file,
     )
@@ -92,12 +108,6 @@ def resolve_settings(
 
 def _recorded_lora(entry: Mapping[str, Any]) -> Lora:
     return Lora(Path(entry["path"]), entry["weight"], entry["sha256"])
-
-
-def _embeddings(texts: Sequence[str]) -> tuple[str, ...]:
-    """NAME=FILE each, the file's path made absolute; what is not that is left for the reader to refuse."""
-    split = [text.partition("=") for text in texts]
-    return tuple(f"{name}={Path(file).expanduser().absolute()}" if file else name for name, _, file in split)
 
 
 def _prompts(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from sdq_deploy.training.context import TrainingContext, TrainingSettings
 from sdq_deploy.training.dataset import INDEX
 from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.optimizer import check_optimizer
-from sdq_deploy.training.prepare import is_prepared, prepare_model
+from sdq_deploy.training.prepare import is_prepared, keep_embeddings, prepare_model
 from sdq_deploy.training.registry import method_named
 from sdq_deploy.training.runner import run_stages
 from sdq_engines.errors import SdqError
 from sdq_engines.files import claimed_folder
+from sdq_engines.in_progress import WorkInProgress, in_progress, what_was_killed
 from sdq_export.source import Source
 
 __all__ = ["make_accelerator", "read_settings", "recorded_settings", "run_training"]
+
+_SAVES_MEMORY = "What saves memory is in docs/training-at-size.md."
 
 
 def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Any:
@@ -87,29 +90,41 @@ def run_training(
     check_optimizer(settings.recipe.fit)
     accelerator = make_accelerator(settings.recipe, cpu=cpu)
     method_named(settings.recipe.method).check(settings.recipe, accelerator.num_processes)
-    with _claimed(settings, resume) if accelerator.is_main_process else contextlib.nullcontext():
+    killed = what_was_killed(settings.out) if accelerator.is_main_process else None
+    with _at_work(settings, resume, killed) if accelerator.is_main_process else contextlib.nullcontext() as work:
         accelerator.wait_for_everyone()
         progress = new_progress()
         progress.disable = quiet or not accelerator.is_main_process
         try:
             with progress:
-                return _train(settings, source, dataset, accelerator, progress)
+                if killed is not None and not progress.disable:
+                    progress.console.print(f"{killed} {_SAVES_MEMORY}", markup=False, soft_wrap=True)
+                on_stage = work.stage if work is not None else lambda name: None
+                return _train(settings, source, dataset, accelerator, progress, on_stage)
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(f"Continue with: {resume_command(settings)}") from interrupt
 
 
 def _train(
-    settings: TrainingSettings, source: Source | None, dataset: Path | None, accelerator: Any, progress: Any
+    settings: TrainingSettings,
+    source: Source | None,
+    dataset: Path | None,
+    accelerator: Any,
+    progress: Any,
+    on_stage: Callable[[str], None],
 ) -> list[str]:
+    on_stage("prepare")
     loaded, ran = _model(settings, source, accelerator, progress)
     loaded.family.check()  # what could not be exported is not trained
     context = TrainingContext(settings, loaded, accelerator, progress)
+    if accelerator.is_main_process:
+        keep_embeddings(settings, recorded_settings(settings))
     with _restored_denoiser(context):
         if dataset is not None and accelerator.is_main_process:
             _adopt_dataset(context, dataset)
         accelerator.wait_for_everyone()
         identity = context.folder.read_identity() if is_prepared(settings) else loaded.sha256
-        return [*ran, *run_stages(context, recorded_settings(settings) | {"identity": identity})]
+        return [*ran, *run_stages(context, recorded_settings(settings) | {"identity": identity}, on_stage)]
 
 
 def _model(
@@ -124,8 +139,14 @@ def _model(
 
 
 @contextlib.contextmanager
-def _claimed(settings: TrainingSettings, resume: bool) -> Iterator[None]:
-    """The run's folder for a block; another training of it is refused meanwhile."""
+def _at_work(settings: TrainingSettings, resume: bool, killed: str | None) -> Iterator[WorkInProgress]:
+    """The run's folder for a block; another training of it is refused meanwhile, and a kill leaves word."""
+    with _claimed(settings, resume, killed), in_progress(settings.out, "training") as work:
+        yield work
+
+
+@contextlib.contextmanager
+def _claimed(settings: TrainingSettings, resume: bool, killed: str | None) -> Iterator[None]:
     with claimed_folder(settings.out, "run", "train") as out:
         folder = RunFolder(out)
         if folder.status_file.is_file() and not resume:
@@ -133,7 +154,7 @@ def _claimed(settings: TrainingSettings, resume: bool) -> Iterator[None]:
             export = f"Export it: sdq-deploy export {_quoted(str(settings.out))} --out PACKAGE, or train it further"
             advice = "Continue it" if status != "complete" else export
             raise SdqError(
-                f"{settings.out} already holds a training (status: {status}).",
+                f"{settings.out} already holds a training (status: {status}).{f' {killed}' if killed else ''}",
                 f"{advice} with: {resume_command(settings)}, or give another --out.",
             )
         yield
@@ -160,7 +181,7 @@ def recorded_settings(settings: TrainingSettings) -> dict[str, Any]:
         "recipe": settings.recipe_tree or settings.recipe.model_dump(mode="json"),
         "prompts": list(settings.prompts),
         "seed": settings.seed,
-        "embeddings": list(settings.embeddings),
+        "embeddings": [{"name": each.name, "sha256": each.sha256} for each in settings.embeddings],
     }
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sdq_deploy.training.context import TrainingContext
@@ -27,12 +28,15 @@ def stage_hashes(context: TrainingContext) -> dict[str, str]:
     return hashes
 
 
-def run_stages(context: TrainingContext, settings: dict[str, Any]) -> list[str]:
+def run_stages(
+    context: TrainingContext, settings: dict[str, Any], on_stage: Callable[[str], None] = lambda name: None
+) -> list[str]:
     """Bring a run to its end.
 
     Args:
         context: the training.
         settings: recorded in run.json, so that --resume needs no options.
+        on_stage: hears the name of each stage that has to run.
 
     Returns:
         Names of the stages that had to run.
@@ -45,6 +49,7 @@ def run_stages(context: TrainingContext, settings: dict[str, Any]) -> list[str]:
         entry = status["stages"].get(stage.name, {})
         if entry.get("done") and entry.get("inputs") == hashes[stage.name]:
             continue
+        on_stage(stage.name)
         status["status"] = stage.name
         status["stages"][stage.name] = {"inputs": hashes[stage.name], "done": False, "seconds": 0.0}
         if main:

@@ -263,7 +263,7 @@ def adapter_with(path: Path, **tensors: Tensor) -> Path:
             "lack the other tensors of their layer.*lora_unet_conv_in",
         ),
         ({"lora_unet_conv_in.diff": random(32, 4, 1, 1)}, r"conv_in is a change of \[32, 4, 1, 1\].*\[32, 4, 3, 3\]"),
-        ({f"unet.{QUERY}.lora_A.weight": random(2, 32)}, "are one layer's"),
+        ({f"unet.{QUERY}.lora_A.weight": random(2, 32)}, "both change one layer"),
         ({"QUERY.dora_scale": random(1, 5)}, r"magnitude of \[1, 5\]"),
         ({"QUERY.alpha": torch.tensor(float("nan"))}, "not finite"),
         ({f"base_model.model.{CONVOLUTION}.diff": random(64, 64, 3, 3)}, "by how much it is scaled"),

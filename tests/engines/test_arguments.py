@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from sdq_engines import Pipeline
-from sdq_engines.arguments import as_number, as_pair, as_text, as_texts, as_whole, as_wholes
+from sdq_engines.arguments import LARGEST, as_number, as_pair, as_text, as_texts, as_whole, as_wholes
+from sdq_engines.backends.base import Session
 from sdq_engines.errors import SdqError
-from sdq_engines.package.store import Package
+from sdq_engines.package.store import Package, open_package
 from sdq_engines.runtime.wording import negative_wordings, prompt_wordings
 
 Built = Callable[[str], Package]
@@ -39,6 +41,15 @@ def test_what_is_no_whole_number(value: Any) -> None:
 def test_numbers(value: Any) -> None:
     found = as_number(value, "guidance_scale")
     assert (type(found), found) == (float, 5.0)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, "1e39", np.float64(3.5e38), 10**40])
+def test_numbers_that_are_too_large_for_fp32(value: Any) -> None:
+    with pytest.raises(SdqError, match=r"^guidance_scale is .*, which is too large: numbers are computed in FP32"):
+        as_number(value, "guidance_scale")
+    with pytest.raises(SdqError, match=r"^target_size is .*, which is too large"):
+        as_pair((64, 10**39), "target_size")
+    assert np.isfinite(np.float32(as_number(LARGEST, "guidance_scale")))
 
 
 @pytest.mark.parametrize(
@@ -89,6 +100,10 @@ def test_a_call_takes_numpy_and_answers_the_rest_in_one_sentence(built: Built) -
         assert all(type(number) is int for number in made.seeds)
     many: dict[str, Any] = {"num_images_per_prompt": np.int32(2), "num_inference_steps": 4.0, "eta": 0.0}
     assert pipeline("a red circle", seed=7, guidance_scale=3, **many).seeds == [7, 8]
+    nothing: dict[str, Any] = {
+        "guidance_rescale": np.float32(0), "eta": np.float64(0), "clip_skip": np.int64(0), "return_dict": np.True_
+    }  # fmt: skip
+    assert np.array_equal(pipeline("a red circle", seed=7, guidance_scale=3, **nothing).latents, plain)
     assert np.array_equal(
         pipeline("a", seed=1, guidance_scale=-2.0).latents, pipeline("a", seed=1, guidance_scale=1).latents
     )
@@ -98,10 +113,60 @@ def test_a_call_takes_numpy_and_answers_the_rest_in_one_sentence(built: Built) -
         {"guidance_scale": float("nan")}, {"guidance_scale": [5, 6]}, {"guidance_scale": True}, {"height": "big"},
         {"num_inference_steps": True}, {"scheduler": 3}, {"strength": "much", "image": np.zeros((64, 64, 3), np.uint8)},
         {"target_size": 64}, {"prompt_weighting": "compel"}, {"prompt_2": "a"}, {"negative_prompt_3": "a"},
+        {"guidance_scale": 1e39}, {"callback": 5}, {"clip_skip": np.int64(1)}, {"eta": np.float32(0.5)},
+        {"prompt": "(red:1" + 39 * "0" + ")", "prompt_weighting": True},
+        {"prompt": 14 * "(" + "red" + 14 * ":1000)", "prompt_weighting": True},
     ]  # fmt: skip
     for arguments in wrong:
         with pytest.raises(SdqError):
             pipeline(**{"prompt": "a red circle", "seed": 7, **arguments})
+
+
+@pytest.mark.parametrize("folder", [None, 5, b"package", ["package"]])
+def test_a_folder_that_is_none_is_one_sentence(folder: Any) -> None:
+    with pytest.raises(SdqError, match=r"^folder is .*; the path of a folder is wanted"):
+        Pipeline.load(folder)
+    with pytest.raises(SdqError, match=r"^folder is .*; the path of a folder is wanted"):
+        open_package(folder)
+
+
+class Watched(Pipeline):
+    """A pipeline that knows which of the prologue's outputs are still held."""
+
+    def __init__(self, package: Package, session: Session) -> None:
+        super().__init__(package, session)
+        self.made: list[weakref.ref[Any]] = []
+
+    def prologue(self, inputs: Any) -> Any:
+        """As ever, each text's first output remembered."""
+        outputs = super().prologue(inputs)
+        self.made.append(weakref.ref(next(iter(outputs.values()))))
+        return outputs
+
+    def held(self) -> int:
+        """Texts whose outputs are in memory."""
+        return sum(reference() is not None for reference in self.made)
+
+
+def test_a_call_holds_the_texts_of_one_batch(built: Built) -> None:
+    pipeline = Watched.from_package(built("w4a8"), "onnxruntime")
+    most = pipeline.session.entry.profile.batch_max
+    prompts = [f"a red circle number {index}" for index in range(2 * most + 1)]
+    held: list[int] = []
+    many = pipeline(prompts, seed=3, guidance_scale=3, callback=lambda event: held.append(pipeline.held()))
+    assert len(pipeline.made) == len(prompts) + 1, "each text is computed once, the negative one too"
+    assert max(held) == most + 1
+    assert pipeline.held() == 0
+    last = pipeline(prompts[-1], seed=3 + 2 * most, guidance_scale=3)
+    assert np.array_equal(many.latents[-1:], last.latents)
+
+
+def test_a_prompt_that_cannot_be_read_is_said_before_anything_is_made(built: Built) -> None:
+    pipeline = Watched.from_package(built("w4a8"), "onnxruntime")
+    prompts = ["a red circle"] * 8 + ["<lora:x:1>"]
+    with pytest.raises(SdqError, match="it loads an adapter"):
+        pipeline(prompts, seed=3, prompt_weighting=True)
+    assert pipeline.made == []
 
 
 def test_each_text_encoder_reads_its_own_text(caplog: pytest.LogCaptureFixture) -> None:

@@ -80,6 +80,15 @@ def test_an_output_that_is_a_folder(refused: Callable[..., str], copy: Package, 
     assert "is a folder" in refused("run", copy.folder, "a prompt", "--out", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.xyz", "a.jpg", "a"])
+def test_an_output_of_another_format(refused: Callable[..., str], tmp_path: Path, name: str) -> None:
+    """Before the package is looked at, which here is none."""
+    said = refused("run", tmp_path, "a prompt", "--out", tmp_path / name)
+    assert "does not end in .png, and PNG is the one format" in said
+    assert str(tmp_path / "a.png") in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_cannot_be_written(refused: Callable[..., str], copy: Package, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     inside_a_file = tmp_path / "file" / "image.png"

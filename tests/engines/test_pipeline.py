@@ -138,7 +138,7 @@ def test_seeds_repeat_and_are_told(built: Built) -> None:
         ({"seed": [1, 2]}, "2 seeds were given for 1 images"),
         ({"seed": 2**70}, "is no seed"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts"),
-        ({"num_images_per_prompt": 0}, "make no image"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; a whole number from 1 on"),
     ],
 )
 def test_what_a_package_cannot_honour_is_one_sentence(built: Built, arguments: dict[str, object], message: str) -> None:

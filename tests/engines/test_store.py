@@ -180,7 +180,7 @@ def test_a_newer_schema_says_to_upgrade(bare: Package) -> None:
 
 def test_a_damaged_manifest_names_the_field(bare: Package) -> None:
     edit_manifest(bare, lambda content: content["sampler"].pop("scheduler"))
-    with pytest.raises(SdqError, match=r"sampler\.scheduler"):
+    with pytest.raises(SdqError, match=r"is damaged: sampler\.scheduler is missing\."):
         open_package(bare.folder)
     (bare.folder / MANIFEST).write_text("{")
     with pytest.raises(SdqError, match="JSON"):

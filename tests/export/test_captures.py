@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tests.tiny import randomize_
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SDQ_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(captures, "_captured", {})
+    monkeypatch.setattr(captures, "_captured", OrderedDict())
     return tmp_path / "cache" / "captures"
 
 
@@ -49,7 +50,7 @@ def never() -> ir.Model:
 
 
 def next_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(captures, "_captured", {})
+    monkeypatch.setattr(captures, "_captured", OrderedDict())
 
 
 def test_the_next_process_finds_the_same_graph(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +80,26 @@ def test_a_damaged_file_and_another_key_are_captured_again(cache: Path, monkeypa
     assert capture_once(("key",), make).graph.outputs[0].name == "y"
 
 
+@pytest.mark.export
+def test_a_process_keeps_the_graphs_that_it_used_last(cache: Path) -> None:
+    graph = make()
+    for index in range(captures.MOST_IN_MEMORY + 3):
+        capture_once((index,), lambda: graph)
+        capture_once((0,), never)
+    assert len(captures._captured) == captures.MOST_IN_MEMORY
+    assert (0,) in captures._captured
+    assert (1,) not in captures._captured
+    capture_once((1,), never)  # from the disk
+    half = captures.KEPT_BYTES // 2 // 4 + 1
+    for index in range(3):
+        heavy = ir.Value(name="x", const_value=ir.tensor(np.arange(half, dtype=np.float32), name="x"))
+        model = make()
+        model.graph.initializers.add(heavy)
+        capture_once(("heavy", index), lambda model=model: model)  # type: ignore[misc]
+    assert list(captures._captured) == [("heavy", 2)]
+
+
+@pytest.mark.export
 def test_a_text_encoder_that_was_changed_in_its_folder_is_captured_again(tiny_sd: Path, tmp_path: Path) -> None:
     """In the same process and at the same path: weights, and a configuration whose weights are the same."""
     folder = tmp_path / "model"

@@ -161,6 +161,16 @@ def test_what_the_class_declares_ignorable_may_be_there(folder: Path) -> None:
     use(folder)
 
 
+def test_a_tokenizer_that_is_not_there_is_named_with_what_to_copy(folder: Path) -> None:
+    (folder / "tokenizer/tokenizer.json").unlink()
+    assert "The folder tokenizer/ of" in (said := refused(folder))
+    assert "lacks the tokenizer's words: tokenizer.json" in said
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(SdqError, match="has no folder tokenizer/, without which no prompt can be read") as error:
+        use(folder)
+    assert "Copy tokenizer/ from the checkpoint" in error.value.hint
+
+
 def test_a_tokenizer_that_says_no_length_pads_to_the_encoders(folder: Path) -> None:
     edit(folder / "tokenizer/tokenizer_config.json", model_max_length=...)
     source = load_source(folder)

@@ -42,6 +42,7 @@ def run_folder(source: Source, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.export
 def test_a_model_becomes_a_package_with_an_engine(
     tiny_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +98,7 @@ def test_an_unfinished_run_is_refused(run_folder: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scheduler", "dimm"], "unknown scheduler 'dimm'"),
+        (["--scheduler", "dimm"], "There is no scheduler 'dimm'"),
         (["--engine", "tensorflow"], "There is no engine 'tensorflow'"),
         (["--dtype", "bf16"], "There is no dtype 'bf16'"),
         (["--text-encoder", "int2"], "--text-encoder takes int8 or int4, not 'int2'"),

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from sdq_engines.errors import SdqError
+from sdq_export.package_manifest import free_size_of
 from sdq_export.sampler import compile_sampler
 from sdq_export.source import Source, load_source
 from tests.export.test_sampler_pipelines import GUIDANCE, PROMPT, STEPS, ours
@@ -99,6 +102,33 @@ def test_the_latents_are_those_of_the_pipeline(tiny: Tiny, tmp_path: Path) -> No
     assert relative(ours(source, compile_sampler(source.scheduler, STEPS)), wanted) <= 1e-4
     unrepaired = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler", clip_sample=False)
     assert relative(ours(source, compile_sampler(unrepaired, STEPS)), wanted) > 1e-3
+
+
+def test_a_shift_by_the_size_is_that_of_the_pipeline_at_the_packages_size(tiny: Tiny, tmp_path: Path) -> None:
+    """What the file leaves open is diffusers' default; a plan is made again from its own record."""
+    for number, own in enumerate(({}, {"base_shift": 0.3, "max_shift": 2.0, "max_image_seq_len": 64})):
+        shifted = {"use_dynamic_shifting": True, "base_shift": ..., "max_shift": ...} | own
+        folder = copy_with(tiny("sd3"), tmp_path / str(number), shifted)
+        source, pipeline = load_source(folder), of_diffusers(folder)
+        wanted = latents(pipeline)
+        plan = compile_sampler(source.scheduler, STEPS)
+        assert plan.timesteps.tolist() == pipeline.scheduler.timesteps.tolist()
+        assert relative(ours(source, plan), wanted) <= 1e-4
+        again = compile_sampler(diffusers.FlowMatchEulerDiscreteScheduler.from_config(plan.config), STEPS)
+        assert np.array_equal(again.coefficients, plan.coefficients)
+        assert np.array_equal(compile_sampler(source.scheduler_named("flow-euler"), STEPS).timesteps, plan.timesteps)
+        with pytest.raises(SdqError, match="each size of image has timesteps of its own"):
+            free_size_of(source, plan)
+    assert free_size_of(load_source(tiny("sd3")), compile_sampler(load_source(tiny("sd3")).scheduler, STEPS))
+
+
+def test_a_shift_by_the_size_is_refused_where_diffusers_hands_none(tiny: Tiny, tmp_path: Path) -> None:
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    source = load_source(copy_with(tiny("sd"), tmp_path / "model", scheduler, whole=True))
+    with pytest.raises(SdqError, match="StableDiffusionPipeline hands its scheduler no shift"):
+        _ = source.scheduler
+    with pytest.raises(SdqError, match="no size is named"):
+        compile_sampler(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), STEPS)
 
 
 def test_another_scheduler_is_repaired_as_if_the_checkpoint_had_it(tiny: Tiny, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_step_count_that_the_scheduler_does_not_take_is_one_sentence() -> None
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(SdqError, match="unknown scheduler 'dimm'") as refused:
+    with pytest.raises(SdqError, match="There is no scheduler 'dimm'") as refused:
         make_scheduler("dimm", SD_CONFIG)
     assert "dpmpp-2m" in refused.value.hint
     with pytest.raises(SdqError, match="NoSuchScheduler"):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdq_export.conditioning import TEXT_INPUT
 from sdq_export.sampler import SamplerPlan, compile_sampler, make_scheduler, run_sampler
 from sdq_export.source import Source
 
@@ -18,13 +17,15 @@ NAMES = ["ddim", "pndm", "euler", "euler-ancestral", "dpmpp-2m", "lcm"]
 
 
 def ours(source: Source, plan: SamplerPlan, **options: Any) -> Tensor:
-    """The compiled sampler around the UNet itself; starting noise and fresh noise from one generator, as diffusers."""
+    """The compiled sampler around the denoiser itself; all noise is of one generator, as diffusers'."""
     generator = torch.Generator().manual_seed(7)
-    embeddings = source.family.encode_prompts(["", PROMPT]).tensors[TEXT_INPUT]
+    prompts = source.family.encode_prompts(["", PROMPT])
 
     def predict(sample: Tensor, step: int) -> Tensor:
         timestep = torch.tensor(plan.timesteps[step])
-        uncond, cond = source.denoiser(torch.cat([sample] * 2), timestep, embeddings, return_dict=False)[0].chunk(2)
+        uncond, cond = source.family.network.predict(source.denoiser, torch.cat([sample] * 2), timestep, prompts).chunk(
+            2
+        )
         return uncond + GUIDANCE * (cond - uncond)
 
     noise = torch.randn(1, *source.family.latent_shape, generator=generator)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
+from sdq_engines.arguments import as_folder
 from sdq_engines.errors import SdqError
 from sdq_engines.in_progress import what_was_killed
 from sdq_engines.locks import JOB, MANIFEST_LOCK, holder, is_held
@@ -20,6 +21,7 @@ from sdq_engines.package.links import check_link, check_links
 from sdq_engines.package.paths import check_paths
 from sdq_engines.package.schema import SCHEMA_VERSION, EngineEntry, Manifest
 from sdq_engines.package.verify import check_files
+from sdq_engines.validation import first_mistake
 
 __all__ = ["Package", "Verify", "open_package", "read_manifest"]
 
@@ -73,13 +75,13 @@ def open_package(folder: str | Path, verify: Verify = "full", on_bytes: Callable
         on_bytes: hears how many bytes were hashed, for a progress bar.
 
     Raises:
-        SdqError: `verify` is neither; it is not a package, it was written by a newer sdq-deploy, a path leads outside
-            it, a symlink leads outside it, or a file is missing or changed. Each names the file and the command that
-            mends it.
+        SdqError: `verify` is neither; `folder` is no path; it is not a package, it was written by a newer sdq-deploy,
+            a path leads outside it, a symlink leads outside it, or a file is missing or changed. Each names the file
+            and the command that mends it.
     """
     if verify not in get_args(Verify):
         raise SdqError(f"verify is {verify!r}; 'full' or 'cached' is wanted.", "Leave it out to hash every file.")
-    root = Path(folder)
+    root = as_folder(folder, "folder")
 
     def check() -> Package:
         manifest = read_manifest(root)
@@ -105,17 +107,17 @@ def read_manifest(root: Path) -> Manifest:
         )
     content = _read_json(path)
     if content.get("kind") != "sdq-package":
-        raise SdqError(f"{path} is not a package's manifest: its kind is {content.get('kind')!r}.")
+        raise SdqError(
+            f"{path} is not a package's manifest: its kind is {content.get('kind')!r}.", "Give a package's folder."
+        )
     if content.get("status") == "incomplete":
         raise _incomplete(root)
     _check_version(root, content.get("schema_version"))
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         raise SdqError(
-            f"{path} is damaged: {where}: {first['msg']} ({error.error_count()} problems in all).",
+            f"{path} is damaged: {first_mistake(error)}.",
             "Get the package again from its source, or export it again.",
         ) from error
 
@@ -139,7 +141,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise SdqError(f"{path} cannot be read as JSON: {error}.", "Get the package again from its source.") from error
     if not isinstance(content, dict):
-        raise SdqError(f"{path} is not a package's manifest: it holds a {type(content).__name__}, not an object.")
+        raise SdqError(
+            f"{path} is not a package's manifest: it holds a {type(content).__name__}, not an object.",
+            "Get the package again from its source.",
+        )
     return content
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdq_engines.arguments import as_choice, as_whole
+from sdq_engines.arguments import as_choice, as_folder, as_function, as_whole
 from sdq_engines.backends.base import Arrays, Session, check_load_options
 from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
 from sdq_engines.errors import SdqError
@@ -109,8 +109,8 @@ class Pipeline:
             SdqError: see `open_package`; the engine is missing, or was built for another version or device; it does not
                 take an option; the manifest contradicts the graphs.
         """
+        root = as_folder(folder, "folder")
         check_engine_name(engine)
-        root = Path(folder)
         return while_unchanged(root, lambda: cls.from_package(open_package(root, verify), engine, **options))
 
     @classmethod
@@ -188,7 +188,8 @@ class Pipeline:
         Raises:
             SdqError: an argument that this package cannot honour.
         """
-        refuse_others(others)
+        refuse_others(self.manifest, others)
+        callback = as_function(callback, "callback")
         check_sampler(self.manifest, num_inference_steps, scheduler)
         weighted = as_choice(prompt_weighting, "prompt_weighting", "a1111") is not None
         prompts = prompt_wordings(
@@ -213,23 +214,33 @@ class Pipeline:
         )
         guidance = check_guidance(self.manifest, guidance_scale)
         told = check_size(self.prompts.takes_size, size, original_size, crops_coords_top_left, target_size)
-        texts = self._conditioning(requests, guidance, told)
+        self.prompts.check([request.text(row) for row in guidance.texts for request in requests])
+        texts: dict[Wording, Arrays] = {}
         latents, images, loops = [], [], []
         most = self.session.entry.profile.batch_max
         for start in range(0, len(requests), most):
             batch = range(start, min(start + most, len(requests)))
-            made, spent = self._denoise([requests[i] for i in batch], batch, guidance, texts, begin, callback)
+            chosen = [requests[i] for i in batch]
+            self._condition(texts, chosen, guidance, told)
+            made, spent = self._denoise(chosen, batch, guidance, texts, begin, callback)
             images += self._decode(made)
             latents.append(made)
             loops.append(spent)
         return PipelineOutput(images, np.concatenate(latents), [request.seed for request in requests], loops)
 
-    def _conditioning(
-        self, requests: Sequence[ImageRequest], guidance: Guidance, size: ImageSize
-    ) -> Mapping[Wording, Arrays]:
-        """The prologue's outputs of every different text of the call, [1, ...] each, computed once."""
-        texts = dict.fromkeys(request.text(row) for row in guidance.texts for request in requests)
-        return {text: self.prologue(self.prompts.encode([text], size)) for text in texts}
+    def _condition(
+        self, texts: dict[Wording, Arrays], requests: Sequence[ImageRequest], guidance: Guidance, size: ImageSize
+    ) -> None:
+        """Leave in `texts` the prologue's outputs of every different text of one batch, [1, ...] each.
+
+        Those of the batch before that are needed again stay, the others go: of a large model they are tens of
+        megabytes a text, and a call may have any number of texts.
+        """
+        wanted = dict.fromkeys(request.text(row) for row in guidance.texts for request in requests)
+        for text in [text for text in texts if text not in wanted]:
+            del texts[text]
+        for text in [text for text in wanted if text not in texts]:
+            texts[text] = self.prologue(self.prompts.encode([text], size))
 
     def prologue(self, inputs: Arrays) -> Arrays:
         """What the denoiser needs of the prompts, [n, ...] by name, from what `prompts.encode` gives."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,16 @@ class PromptEncoder:
     def takes_size(self) -> bool:
         """Whether the model is told the image's size."""
         return SIZE_INPUT in self.io.prologue_inputs
+
+    def check(self, wordings: Iterable[Wording]) -> None:
+        """Read every text of a call, before anything is computed.
+
+        Raises:
+            SdqError: weights that cannot be read, or a BREAK where the package takes one chunk.
+        """
+        for wording in dict.fromkeys(wordings):
+            for tokenizer, text in zip(self._tokenizers.values(), wording.texts, strict=True):
+                tokenizer.encode(text, wording.weighted, warn=False)
 
     def embed(self, component: str, texts: Sequence[str], weighted: bool = False) -> Arrays:
         """One text encoder's outputs, [n, ...] each; embeddings of several chunks stand side by side, [n, chunks*L, D].

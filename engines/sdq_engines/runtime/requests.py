@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sdq_engines.arguments import as_number, as_pair, as_text, as_whole, as_wholes
+from sdq_engines.arguments import as_number, as_pair, as_plain, as_text, as_whole, as_wholes
 from sdq_engines.errors import SdqError
 from sdq_engines.guidance import Guidance, Text
 from sdq_engines.package.schema import Manifest, Size
@@ -83,14 +83,17 @@ class ImageRequest:
         return self.negative_prompt if row == "negative" else self.prompt
 
 
-def refuse_others(arguments: dict[str, Any]) -> None:
-    """Raises: SdqError: for the first argument given that the package cannot honour; None counts as not given."""
+def refuse_others(manifest: Manifest, arguments: dict[str, Any]) -> None:
+    """Raises: SdqError: for the first argument given that the package cannot honour; None counts as not given, and so
+    does what the package does anyway."""
+    neutral = _NEUTRAL | {"clip_skip": max((text.clip_skip for text in manifest.text), default=0)}
     for name, value in arguments.items():
-        if value is None or (isinstance(value, int | float | str) and value == _NEUTRAL.get(name)):
+        plain = as_plain(value)
+        if plain is None or (isinstance(plain, int | float | str) and plain == neutral.get(name)):
             continue
         if name not in _REFUSED:
             raise SdqError(f"There is no argument {name!r}.", "See help(sdq_engines.Pipeline.__call__).")
-        raise SdqError(f"A package cannot honour {name}: {_REFUSED[name]}.")
+        raise SdqError(f"A package cannot honour {name}: {_REFUSED[name]}.", f"Leave {name} out.")
 
 
 def check_sampler(manifest: Manifest, num_inference_steps: int | None, scheduler: str | None) -> None:
@@ -139,7 +142,7 @@ def check_guidance(manifest: Manifest, guidance_scale: float | None) -> Guidance
     """How to guide: by the package's own scale where the caller names none.
 
     Raises:
-        SdqError: it is not one finite number.
+        SdqError: it is not one number that is finite in FP32.
     """
     if guidance_scale is None:
         return Guidance.classifier_free(manifest.sampler.guidance_scale)
@@ -187,8 +190,10 @@ def plan_images(
         SdqError: no prompt, or seeds that are none or whose number does not fit.
     """
     each = as_whole(num_images_per_prompt, "num_images_per_prompt")
-    if not prompts or each < 1:
-        raise SdqError(f"{len(prompts)} prompts with {each} images each make no image.", "Give a prompt.")
+    if not prompts:
+        raise SdqError("prompt is an empty list, which makes no image.", "Give at least one prompt.")
+    if each < 1:
+        raise SdqError(f"num_images_per_prompt is {each}; a whole number from 1 on is wanted.", "Or leave it out.")
     owners = [index for index in range(len(prompts)) for _ in range(each)]
     return [
         ImageRequest(prompts[index], negatives[index], number, index)
@@ -202,5 +207,7 @@ def _seeds(seed: int | Sequence[int] | None, total: int) -> list[int]:
     if len(seeds) != total:
         raise SdqError(f"{len(seeds)} seeds were given for {total} images.", "Give one seed, or one per image.")
     if outside := [number for number in seeds if not -(2**63) <= number < 2**64]:
-        raise SdqError(f"{outside[0]} is no seed; seeds are from -2**63 to 2**64 - 1, as torch's.")
+        raise SdqError(
+            f"{outside[0]} is no seed; seeds are from -2**63 to 2**64 - 1, as torch's.", "Give a smaller number."
+        )
     return seeds

@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from sdq_engines.arguments import LARGEST
 from sdq_engines.errors import SdqError
 
 __all__ = ["Fragment", "parse_weights", "split_breaks"]
@@ -44,7 +45,7 @@ def parse_weights(prompt: str) -> list[list[Fragment]]:
     """A prompt's chunks, as BREAK divides it, and each chunk's fragments of one weight.
 
     Raises:
-        SdqError: a weight that is no number, or what the web UI has beyond weights and chunks.
+        SdqError: a weight that is no number or too large for FP32, or what the web UI has beyond weights and chunks.
     """
     for pattern, does, hint in _OTHERS:
         if found := pattern.search(prompt):
@@ -53,7 +54,14 @@ def parse_weights(prompt: str) -> list[list[Fragment]]:
     position = 0
     while position < len(prompt):
         position = parser.read(prompt, position)
-    return parser.chunks()
+    chunks = parser.chunks()
+    for fragment in (fragment for chunk in chunks for fragment in chunk):
+        if not abs(fragment.weight) <= LARGEST:
+            raise SdqError(
+                f"The prompt gives {fragment.text!r} the weight {fragment.weight:.3g}, which is too large for FP32.",
+                "For example (word:1.2).",
+            )
+    return chunks
 
 
 class _Parser:

@@ -41,13 +41,16 @@ def compile_sampler(scheduler: Any, num_inference_steps: int) -> SamplerPlan:
     """
     name = type(scheduler).__name__
     if num_inference_steps < 1:
-        raise SdqError(f"the number of inference steps is {num_inference_steps}; it must be at least 1")
+        raise SdqError(
+            f"The number of inference steps is {num_inference_steps}; it must be at least 1.",
+            "For example --num-inference-steps 20",
+        )
     try:
         return _compile(scheduler, num_inference_steps)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         # diffusers raises these itself for settings and step counts that a scheduler does not take
         raise SdqError(
-            f"the scheduler {name} cannot be compiled for {num_inference_steps} steps: {error}", _hint(scheduler)
+            f"The scheduler {name} cannot be compiled for {num_inference_steps} steps: {error}", _hint(scheduler)
         ) from error
 
 
@@ -128,19 +131,19 @@ def _require_close(scheduler: Any, found: torch.Tensor, wanted: torch.Tensor, al
         settings = [f"{key}={scheduler.config[key]}" for key in _NONLINEAR_SETTINGS if scheduler.config.get(key)]
         reason = f" with {' and '.join(settings)}" if settings else ""
         raise SdqError(
-            f"the scheduler {type(scheduler).__name__}{reason} is not linear in its state "
+            f"The scheduler {type(scheduler).__name__}{reason} is not linear in its state "
             f"(on random inputs its step is {distance:.1e} times as far from a linear map as rounding explains), "
-            "so it cannot be part of a package",
+            "so it cannot be part of a package.",
             _hint(scheduler),
         )
 
 
 def _hint(scheduler: Any) -> str:
-    settings = [key for key in ("clip_sample", "thresholding", "use_dynamic_shifting") if scheduler.config.get(key)]
+    settings = [key for key in ("clip_sample", "thresholding") if scheduler.config.get(key)]
     if settings:
         wanted = ", ".join(f'"{key}": false' for key in settings)
-        return f"set {wanted} in scheduler/scheduler_config.json, or choose another with --scheduler"
-    return "choose another with --scheduler, for example --scheduler ddim"
+        return f"Set {wanted} in scheduler/scheduler_config.json, or choose another with --scheduler."
+    return "Choose another with --scheduler, for example --scheduler ddim"
 
 
 def _plain_config(scheduler: Any) -> dict[str, Any]:

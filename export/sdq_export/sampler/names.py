@@ -43,7 +43,8 @@ def make_scheduler(name: str | None, source_config: Mapping[str, Any]) -> Any:
         return _class(str(config.get("_class_name"))).from_config(config)
     if name not in _CLASSES:
         raise SdqError(
-            f"unknown scheduler {name!r}", f"the schedulers are: {', '.join(SCHEDULER_NAMES)}; omit it for the model's"
+            f"There is no scheduler {name!r}.",
+            f"The schedulers are {', '.join(SCHEDULER_NAMES)}; leave it out for the model's own.",
         )
     class_name, defaults = _CLASSES[name]
     missing = {key: value for key, value in defaults.items() if key not in config}
@@ -63,7 +64,7 @@ def _class(class_name: str) -> Any:
     found = getattr(diffusers, class_name, None)
     if found is None or not hasattr(found, "set_timesteps"):
         raise SdqError(
-            f"the source's scheduler class {class_name!r} is none of diffusers {diffusers.__version__}",
-            f"choose one with --scheduler: {', '.join(SCHEDULER_NAMES)}",
+            f"The model's scheduler class {class_name!r} is none of diffusers {diffusers.__version__}.",
+            f"Choose one with --scheduler: {', '.join(SCHEDULER_NAMES)}.",
         )
     return found

@@ -143,4 +143,4 @@ class SamplerPlan:
                 order=int(header.get("order", "1")),
             )
         except (KeyError, ValueError) as error:
-            raise SdqError(f"{path} is not a sampler written by sdq-deploy ({error})") from error
+            raise SdqError(f"{path} is not a sampler written by sdq-deploy ({error}).", "Export it again.") from error

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sdq_export.dynamic_shift import settled_shift
+
 __all__ = ["SchedulerProbe"]
 
 SAMPLE_RANK = 4
@@ -31,7 +33,8 @@ class SchedulerProbe:
 
     def __init__(self, scheduler: Any, num_inference_steps: int, start: int = 0) -> None:
         self.scheduler = type(scheduler).from_config(scheduler.config)
-        self.scheduler.set_timesteps(num_inference_steps)
+        shift = settled_shift(scheduler.config)
+        self.scheduler.set_timesteps(num_inference_steps, **({} if shift is None else {"mu": shift}))
         self.timesteps: torch.Tensor = self.scheduler.timesteps
         self.start = start
         self._noise_draws = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -146,3 +147,10 @@ for command in {COMMANDS!r}:
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_what_a_library_remarks_of_kernels_that_nothing_calls_is_not_shown() -> None:
+    """bitsandbytes, which diffusers imports where it is there, of some CPUs."""
+    said = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    assert not said.isEnabledFor(logging.WARNING)
+    assert said.isEnabledFor(logging.ERROR)

@@ -69,6 +69,7 @@ def test_the_classifier_reads_drawn_scenes() -> None:
     assert float(vectors.std(axis=0).mean()) > 0.0
 
 
+@pytest.mark.export
 def test_generated_images_show_their_captions(pipeline) -> None:  # type: ignore[no-untyped-def]
     from sdq_deploy.shapes64.classifier import caption_accuracy
     from sdq_deploy.shapes64.train.evaluate import generate

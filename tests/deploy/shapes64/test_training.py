@@ -53,6 +53,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.export
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     _fit(_config(tmp_path / "one"))
     run_in_processes(partial(_fit_quietly, _config(tmp_path / "two")), 2)
@@ -80,6 +81,7 @@ def test_the_learning_rate_rises_then_falls_to_its_end() -> None:
     assert rates[50:] == sorted(rates[50:], reverse=True)
 
 
+@pytest.mark.export
 def test_the_tokenizer_is_the_same_in_every_process() -> None:
     """Its BPE has many ties; the ids must not depend on how a process happens to break them."""
     pytest.importorskip("transformers")

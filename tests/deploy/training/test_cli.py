@@ -49,7 +49,7 @@ def test_user_errors_are_one_sentence_and_write_nothing(
         ([tmp_path, "--out", out, "--prompts", prompts], 1, "not a diffusers folder"),
         ([tiny_sd, "--out", out], 1, "needs prompts"),
         ([tiny_sd, "--out", out, "--prompts", empty], 1, "is empty"),
-        ([tiny_sd, "--out", out, "--prompts", prompts, "--scheduler", "dimm"], 1, "sampling.scheduler: found 'dimm'"),
+        ([tiny_sd, "--out", out, "--prompts", prompts, "--scheduler", "dimm"], 1, "--scheduler takes 'default'"),
         ([tiny_sd, "--out", out, "--prompts", prompts, "--precision", "w2a2"], 2, "w4a16"),
         ([tiny_sd, "--out", prompts, "--prompts", prompts], 1, "is a file"),
         ([tiny_sd, "--out", out, "--prompts", prompts, "--ptq-algorithm", "svdquant"], 1, "low-rank branch"),
@@ -87,6 +87,7 @@ def test_a_full_disk_is_one_sentence(
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+@pytest.mark.export
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_names_the_command_that_continues_and_it_does(
     tiny_sd: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ from sdq_deploy.training.result import read_result
 from sdq_deploy.training.run import run_training
 from sdq_engines import Pipeline
 from sdq_engines.build import build_engine
+from sdq_engines.package.layout import PROLOGUE
 from sdq_engines.package.store import open_package
 from sdq_export.checkpoint import load_checkpoint
 from sdq_export.engines import check_built_engine
@@ -73,8 +75,16 @@ def test_train_export_build_run(name: str, recipe: str, tiny: Callable[[str], Pa
     written = export_package(source, tmp_path / "package", plan, sampler.guidance_scale, checkpoint=checkpoint)
     package = written.package
     for engine in ("onnxruntime", "openvino", "tensorrt-rtx"):
-        package, _ = check_built_engine(build_engine(package, engine), engine, written)
-    assert set(open_package(package.folder).manifest.engines) == {"onnxruntime", "openvino", "tensorrt-rtx"}
+        package, criterion = check_built_engine(build_engine(package, engine), engine, written)
+        assert criterion is None or criterion.passed
+    built = open_package(package.folder).manifest
+    assert set(built.engines) == {"onnxruntime", "openvino", "tensorrt-rtx"}
+    for engine in ("tensorrt-rtx", "openvino"):
+        kernels = built.engines[engine].kernels
+        assert kernels is not None
+        assert kernels.int8 >= 0.95 * kernels.quantized_layers, engine
+    stored = onnx.load(package.component(PROLOGUE)).graph.initializer
+    assert {each.data_type for each in stored if np.prod(each.dims) > 1000} == {onnx.TensorProto.FLOAT16}
     images = [np.asarray(_image(Pipeline.from_package(package, name)), float) for name in ("onnxruntime", "openvino")]
     assert images[0].std() > 1
     assert np.abs(images[0] - images[1]).mean() < 12

@@ -27,6 +27,15 @@ def test_bad_prompt_files_are_one_sentence(tmp_path: Path, content: bytes, words
         read_prompts(path)
 
 
+@pytest.mark.parametrize("name", ["none.txt", "none.csv", "none.parquet"])
+def test_a_prompt_file_that_is_not_there_says_what_is_wanted(tmp_path: Path, name: str) -> None:
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    with pytest.raises(SdqError, match=f"The prompt file .*{name} does not exist") as raised:
+        read_prompts(tmp_path / name)
+    assert "Write one prompt per line into a text file" in raised.value.hint
+
+
 def write_table(path: Path, column: str = "caption") -> Path:
     """Two prompts, one of them with a comma and quotes, and one row without."""
     rows = [{"id": 1, column: 'a cat, "asleep"'}, {"id": 2, column: None}, {"id": 3, column: "ein Stück Käse"}]

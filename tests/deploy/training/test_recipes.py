@@ -65,7 +65,19 @@ def test_all_mistakes_are_reported_together_with_what_is_allowed() -> None:
     assert "fit.batchsize: there is no such key (did you mean batch_size?)" in message
     assert "fit.loss: found 'foo'; allowed: 'guided' or 'separate'" in message
     assert "quantization.precision: found 'w2a2'; allowed: 'w8a8', 'w4a8', 'w4a16' or 'fp8'" in message
-    assert "fit.batch_size: found 0; allowed: >= 1" in message
+    assert "fit.batch_size: found 0; allowed: at least 1" in message
+
+
+def test_a_value_of_an_option_is_named_by_the_option() -> None:
+    options = {"sampling.num_inference_steps": "--num-inference-steps", "sampling.scheduler": "--scheduler"}
+    tree = with_overrides(read_recipe("sd"), {"sampling.num_inference_steps": 0, "sampling.scheduler": "dimm"})
+    with pytest.raises(SdqError) as caught:
+        recipe_from(tree, "sd", options)
+    assert "--num-inference-steps takes at least 1, not 0." in caught.value.message
+    assert "--scheduler takes 'default', 'ddim'" in caught.value.message
+    assert "mistake" not in caught.value.message
+    with pytest.raises(SdqError, match="3 mistakes"):  # beside one of the recipe itself
+        recipe_from(with_overrides(tree, {"fit.batch_size": 0}), "sd", options)
 
 
 def test_bad_files_are_one_sentence(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from sdq_deploy.training.folder import RunFolder
 from sdq_deploy.training.resolve import resolve_settings
 from sdq_deploy.training.run import recorded_settings, run_training
 from sdq_engines.errors import SdqError
+from sdq_engines.files import claim_output
+from sdq_engines.in_progress import IN_PROGRESS
 from sdq_export.checkpoint import load_checkpoint
 from sdq_export.reference import build_reference
 from sdq_export.source import load_source
@@ -77,6 +80,49 @@ def test_a_folder_with_a_training_needs_resume(tiny_sd: Path, finished_run: Path
     with pytest.raises(SdqError, match="already holds a training") as caught:
         run_training(small_settings(tiny_sd, finished_run), cpu=True, quiet=True)
     assert "--resume" in caught.value.hint
+
+
+def test_a_training_that_was_killed_is_named_by_the_next_call(
+    tiny_sd: Path, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its stage and the memory that it used, which its own process writes down while it works."""
+    out = without_stages(finished_run, tmp_path / "run", "save")
+    found: dict[str, Any] = {}
+
+    def watched(self: RunFolder, status: dict[str, Any]) -> None:
+        found[status["status"]] = (out / IN_PROGRESS).read_text("utf-8")
+        original(self, status)
+
+    original = RunFolder.write_status
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "write_status", watched)
+        run_training(small_settings(tiny_sd, out), resume=True, cpu=True, quiet=True)
+    assert not (out / IN_PROGRESS).exists()
+    assert json.loads(found["save"])["stage"] == "save"
+    assert json.loads(found["save"])["memory_bytes"] > 0
+
+    shutil.rmtree(out)
+    without_stages(finished_run, out, "save")
+    (out / IN_PROGRESS).write_text(found["save"], "utf-8")  # what a kill would have left
+    said = f"The last training to {out} was killed in the stage 'save', probably for want of memory"
+    with pytest.raises(SdqError, match=re.escape(said)):
+        run_training(small_settings(tiny_sd, out), cpu=True, quiet=True)
+    assert run_training(small_settings(tiny_sd, out), resume=True, cpu=True) == ["save"]
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (out / IN_PROGRESS).exists()
+
+
+def test_a_training_that_was_killed_before_it_wrote_anything_can_begin_again(tiny_sd: Path, tmp_path: Path) -> None:
+    (tmp_path / IN_PROGRESS).write_text('{"command": "training", "stage": "prepare", "memory_bytes": 5}', "utf-8")
+    assert claim_output(tmp_path, "run") == tmp_path
+
+
+def test_a_run_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for content in ("{", "[]", "{}"):
+        folder.status_file.write_text(content, "utf-8")
+        with pytest.raises(SdqError, match=r"run\.json (cannot be read|is not what a training writes)"):
+            folder.read_status()
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tiny_sd: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from sdq_deploy.evaluation.candidates import open_candidates
 from sdq_deploy.evaluation.reading import read_alike
 from sdq_deploy.training.dataset import load_split
+from sdq_deploy.training.resolve import resolve_settings
 from sdq_deploy.training.run import read_settings, run_training
 from sdq_engines.errors import SdqError
 from sdq_export.checkpoint import load_checkpoint, load_embeddings
@@ -42,7 +44,7 @@ def test_what_prompts_mean_is_recorded_and_followed(
     changes = {"text.clip_skip": 1, "text.prompt_chunks": 2, "fit.max_train_steps": 0, "sensitivity.top_k": 1}
     settings = small_settings(tiny_sd, tmp_path / "run", {**changes, "collect.num_prompts": 2})
     prompts = ("a red <s> circle", "red BREAK <s>", "a circle", "long " * 10)
-    settings = replace(settings, prompts=prompts, embeddings=(given,))
+    settings = replace(settings, prompts=prompts, embeddings=(parse_embedding(given),))
     run_training(settings, cpu=True, quiet=True)
 
     assert "1 prompt(s) are longer than the model takes and were cut, the first 'long long" in caplog.text
@@ -59,7 +61,19 @@ def test_what_prompts_mean_is_recorded_and_followed(
     (kept,) = load_embeddings(tmp_path / "run")
     assert kept == told.embeddings[0]
     assert torch.equal(kept.vectors[""], told.embeddings[0].vectors[""])
-    assert read_settings(tmp_path / "run")["embeddings"] == [given]
+    sha256 = told.embeddings[0].sha256
+    assert read_settings(tmp_path / "run")["embeddings"] == [{"name": "<s>", "sha256": sha256}]
+
+    # the run has the vectors, so it goes on anywhere without their file
+    (tmp_path / "s.safetensors").unlink()
+    moved = Path(shutil.copytree(tmp_path / "run", tmp_path / "moved"))
+    resumed = resolve_settings(str(tiny_sd), moved, resume=True)
+    assert resumed.embeddings == told.embeddings
+    assert run_training(resumed, resume=True, cpu=True, quiet=True) == []
+    (moved / "embeddings.safetensors").unlink()
+    with pytest.raises(SdqError, match=r"before it had copied its embeddings \(<s>\)") as refused:
+        resolve_settings(str(tiny_sd), moved, resume=True)
+    assert "--embedding NAME=FILE" in refused.value.hint
 
     # an evaluation reads prompts alike for the model that the run is held against
     candidates = open_candidates([str(tmp_path / "run")])
