@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sdq_deploy.cli.shared import JsonOption, print_json, require_extra
+from sdq_deploy.cli.options import AssignmentsOption, JsonOption
+from sdq_deploy.cli.shared import print_json, require_extra
 from sdq_deploy.display.consoles import console
 from sdq_deploy.models import EMBEDDED
 
@@ -37,9 +38,7 @@ def demo(
     max_train_steps: Annotated[
         int | None, typer.Option(min=0, help="Train fewer steps than the recipe, for a quick look.")
     ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
-    ] = None,
+    assignments: AssignmentsOption = None,
     seed: Annotated[int, typer.Option(help="Seed of data and training.")] = 0,
     json: JsonOption = False,
 ) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdq_deploy.cli.shared import ConfigOption, JsonOption, VaeFromOption, print_json, require_extra
+from sdq_deploy.cli.options import ConfigOption, CpuOption, JsonOption, VaeFromOption
+from sdq_deploy.cli.shared import print_json, require_extra
 from sdq_deploy.display.consoles import console, new_progress, new_status, status_console
 from sdq_deploy.models import EMBEDDED
 from sdq_engines.errors import SdqError
@@ -117,7 +118,7 @@ def evaluate(
     write_manifest: Annotated[
         bool, typer.Option("--write-manifest", help="Store the figures in the packages' manifests.")
     ] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU although there is a GPU.")] = False,
+    cpu: CpuOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compare candidates with the floating-point model: same prompts, same seeds, every figure with its 95 % interval.

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from sdq_deploy.cli.prompt_options import ClipSkipOption, EmbeddingOption, PromptChunksOption
-from sdq_deploy.cli.shared import ConfigOption, JsonOption, VaeFromOption, print_json, require_extra
+from sdq_deploy.cli.options import (
+    ClipSkipOption,
+    ConfigOption,
+    EmbeddingOption,
+    JsonOption,
+    PromptChunksOption,
+    RevisionOption,
+    VaeFromOption,
+)
+from sdq_deploy.cli.shared import print_json, require_extra
 from sdq_deploy.display.consoles import console
 from sdq_engines.errors import SdqError
 
@@ -89,7 +97,7 @@ def export(
     ] = None,
     config: ConfigOption = None,
     vae_from: VaeFromOption = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: RevisionOption = None,
     gate: Annotated[
         str,
         typer.Option(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sdq_deploy.display.consoles import console, new_progress
 
 if TYPE_CHECKING:
+    from sdq_deploy.display.progress import Status
     from sdq_engines.runtime.loop import StepEvent
     from sdq_engines.runtime.pipeline import Pipeline
 
@@ -20,6 +22,7 @@ __all__ = [
     "print_evaluation",
     "print_parity",
     "say",
+    "stage_shower",
 ]
 
 _HASH_DIGITS = 12
@@ -132,3 +135,8 @@ def milliseconds(timing: dict[str, float]) -> str:
 def megabytes(size: float) -> str:
     """A number of bytes."""
     return f"{size / 1e6:.1f} MB"
+
+
+def stage_shower(status: Status, name: str) -> Callable[[str], None]:
+    """What a long command is doing, beside its spinner."""
+    return lambda stage: status.update(f"{name}: {stage}")

@@ -1,11 +1,10 @@
-"""What the commands share: JSON for machines, Ctrl-C, the extras that they need, and options of several of them."""
+"""What the commands share: JSON for machines, Ctrl-C, and the extras that they need."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 import typer.core
@@ -13,35 +12,11 @@ import typer.core
 from sdq_engines.errors import SdqError
 
 __all__ = [
-    "ConfigOption",
     "Interrupted",
     "InterruptibleGroup",
-    "JsonOption",
-    "VaeFromOption",
     "print_json",
     "require_extra",
 ]
-
-ConfigOption = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="FOLDER|ID",
-        help="Where the configuration of a MODEL in one file comes from: a diffusers folder or hub id, or a folder "
-        "that has only tokenizer/.",
-        show_default=False,
-    ),
-]
-VaeFromOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--vae-from",
-        metavar="FILE",
-        help="Take the VAE of a MODEL in one file from this other file.",
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs to read.")]
 
 
 class Interrupted(Exception):

@@ -8,8 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from sdq_deploy.cli.prompt_options import ClipSkipOption, EmbeddingOption, PromptChunksOption
-from sdq_deploy.cli.shared import ConfigOption, JsonOption, VaeFromOption, print_json, require_extra
+from sdq_deploy.cli.options import (
+    AssignmentsOption,
+    ClipSkipOption,
+    ConfigOption,
+    CpuOption,
+    EmbeddingOption,
+    JsonOption,
+    PromptChunksOption,
+    RevisionOption,
+    VaeFromOption,
+)
+from sdq_deploy.cli.shared import print_json, require_extra
 from sdq_deploy.display.consoles import console
 from sdq_engines.formats import PrecisionName
 
@@ -114,9 +124,7 @@ def train(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of data and training. If not given, 0.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
-    ] = None,
+    assignments: AssignmentsOption = None,
     dataset: Annotated[
         Path | None,
         typer.Option(
@@ -134,14 +142,14 @@ def train(
     prompt_chunks: PromptChunksOption = None,
     config: ConfigOption = None,
     vae_from: VaeFromOption = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")] = None,
+    revision: RevisionOption = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume", help="Continue the training that RUN holds, with its own settings where none are given here."
         ),
     ] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU although there is a GPU.")] = False,
+    cpu: CpuOption = False,
     dry_run: Annotated[
         bool,
         typer.Option(

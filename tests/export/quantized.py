@@ -23,10 +23,9 @@ from sdq_export.quantspec import QuantSpec
 from sdq_export.sampler import SamplerPlan
 from sdq_export.scales import largest_value_scale
 from sdq_export.sites import find_sites
-from sdq_export.smoothing import INVERSE, smooth_, smoothing_key
+from sdq_export.smoothing import smooth_, smoothing_key
 from sdq_export.source import Source
-
-TIME_PATH = ("time_embedding", "time_emb_proj", "add_embedding")
+from sdq_export.stepping import StepDenoiser
 
 
 def quantized_checkpoint(
@@ -46,9 +45,8 @@ def quantized_checkpoint(
     spec = find_sites(source.denoiser, plan.calls, precision, groups=groups, **options)
     factors = random_factors(source.denoiser, spec) if smooth else {}
     unet: Any = smooth_(copy.deepcopy(source.denoiser), spec, factors)
-    left = (*TIME_PATH, INVERSE)
-    kept = [name for name in unet.state_dict() if not any(part in name for part in left)]
-    tensors = {name: unet.state_dict()[name].clone() for name in kept}
+    stepped = StepDenoiser(copy.deepcopy(unet), torch.from_numpy(plan.timesteps))
+    tensors = {name: parameter.detach().clone() for name, parameter in stepped.model.named_parameters()}
     for site in spec.weights:
         weight = unet.get_submodule(site.layer).weight
         tensors[weight_scale_key(site.layer)] = scale = largest_value_scale(weight, site)

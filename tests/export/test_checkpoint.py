@@ -37,7 +37,8 @@ def plain_checkpoint(precision: PrecisionName = "w8a8") -> tuple[CheckpointInfo,
     """The tiny UNet quantized by the greatest magnitudes, activations on a grid of 0.05."""
     unet = tiny_unet()
     spec = find_sites(unet, len(TIMESTEPS), precision)
-    tensors = dict(unet.state_dict())
+    stepped = StepDenoiser(tiny_unet(), TIMESTEPS)
+    tensors = {name: parameter.detach().clone() for name, parameter in stepped.model.named_parameters()}
     for site in spec.weights:
         weight = tensors[weight_key(site.layer)]
         rows = weight.reshape(len(weight), -1, site.format.block_size) if site.format.block_size else weight.flatten(1)

@@ -1,21 +1,62 @@
-"""Options of how prompts are read (docs/prompts.md), shared by the commands that take them."""
+"""Options that several commands take, each declared once."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 __all__ = [
+    "AssignmentsOption",
     "ClipSkipOption",
+    "ConfigOption",
+    "CpuOption",
     "EmbeddingOption",
+    "JsonOption",
     "NegativePrompt2Option",
     "NegativePrompt3Option",
+    "PackageArgument",
     "Prompt2Option",
     "Prompt3Option",
     "PromptChunksOption",
+    "RevisionOption",
+    "VaeFromOption",
     "WeightingOption",
 ]
+
+PackageArgument = Annotated[Path, typer.Argument(help="The package's folder.", show_default=False)]
+
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FOLDER|ID",
+        help="Where the configuration of a MODEL in one file comes from: a diffusers folder or hub id, or a folder "
+        "that has only tokenizer/.",
+        show_default=False,
+    ),
+]
+VaeFromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--vae-from",
+        metavar="FILE",
+        help="Take the VAE of a MODEL in one file from this other file.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs to read.")]
+
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
+
+AssignmentsOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
+]
+
+CpuOption = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU although there is a GPU.")]
+
+# How prompts are read: docs/prompts.md.
 
 PromptChunksOption = Annotated[
     int | None,
