@@ -11,6 +11,7 @@ own, so that its peak memory is its own.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import re
@@ -56,6 +57,7 @@ from sdq_export.sampler import SamplerPlan, compile_sampler
 from sdq_export.scales import largest_value_scale
 from sdq_export.sites import find_sites
 from sdq_export.source import Source, load_source
+from sdq_export.stepping import StepDenoiser
 
 STEPS, GUIDANCE = 20, 5.0
 STAGES = ("export", "tensorrt-rtx")
@@ -75,6 +77,8 @@ def quantized(source: Source, plan: SamplerPlan, precision: str) -> QuantizedChe
         source.skeleton, plan.calls, wanted.precision, keep=wanted.keep, bits=wanted.bits, block_size=wanted.block_size
     )
     sites = spec.weight_sites
+    stepped = StepDenoiser(copy.deepcopy(source.skeleton), torch.from_numpy(plan.timesteps))
+    kept = {name for name, _ in stepped.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for name, weight in stored_weights(source):
         layer = name.removesuffix(".weight")
@@ -82,6 +86,8 @@ def quantized(source: Source, plan: SamplerPlan, precision: str) -> QuantizedChe
             scale = largest_value_scale(weight, sites[layer])
             tensors[weight_scale_key(layer)] = scale
             tensors[weight_key(layer)] = quantize_weight(weight, scale, sites[layer])
+        elif name in kept:
+            tensors[name] = weight.float()
     generator = torch.Generator().manual_seed(0)
     for site in spec.activations:
         tensors[scale_key(site.name)] = 0.03 * (0.85 + 0.3 * torch.rand(site.num_groups, generator=generator))
