@@ -78,7 +78,7 @@ def test_openvino_computes_it_to_the_precision_of_bf16(tmp_path: Path) -> None:
     """Relative L2 against float64: more than FP32's noise (it is BF16 that runs, where the machine has it), less than
     one part in a hundred."""
     openvino = pytest.importorskip("openvino")
-    from sdq_engines.backends.openvino import PROPERTIES
+    from sdq_engines.backends.openvino.library import PROPERTIES
 
     model = attention(64, LEAST_KEYS)
     path = tmp_path / "attention.onnx"

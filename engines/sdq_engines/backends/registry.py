@@ -18,7 +18,7 @@ AUTO = "auto"
 _HOMES = {
     "tensorrt": "sdq_engines.backends.nvidia.backend",
     "tensorrt-rtx": "sdq_engines.backends.nvidia.backend",
-    "openvino": "sdq_engines.backends.openvino",
+    "openvino": "sdq_engines.backends.openvino.backend",
     "onnxruntime": "sdq_engines.backends.onnxruntime",
 }
 ENGINE_NAMES = tuple(_HOMES)

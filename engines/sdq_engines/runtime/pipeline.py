@@ -7,19 +7,16 @@ result.images[0].save("image.png")
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sdq_engines.arguments import as_choice, as_folder, as_function, as_whole
-from sdq_engines.backends.base import Arrays, Session, check_load_options
-from sdq_engines.backends.registry import AUTO, backend, check_engine_name, fastest
-from sdq_engines.errors import SdqError
+from sdq_engines.backends.base import Arrays, Session
+from sdq_engines.backends.registry import AUTO, check_engine_name
 from sdq_engines.guidance import Guidance
 from sdq_engines.package.held import while_unchanged
 from sdq_engines.package.layout import PROLOGUE, SAMPLER, VAE_DECODER
@@ -34,7 +31,9 @@ from sdq_engines.runtime.beginning import (
 from sdq_engines.runtime.interface import check_interface
 from sdq_engines.runtime.loop import LoopTime, StepEvent, denoise
 from sdq_engines.runtime.noise import NoiseStream
+from sdq_engines.runtime.opening import open_engine
 from sdq_engines.runtime.originals import ImageEncoder
+from sdq_engines.runtime.output import PipelineOutput, as_images
 from sdq_engines.runtime.pictures import Pictured
 from sdq_engines.runtime.prompts import ImageSize, PromptEncoder
 from sdq_engines.runtime.requests import (
@@ -50,26 +49,7 @@ from sdq_engines.runtime.sampler import SamplerTables
 from sdq_engines.runtime.wording import Wording, negative_wordings, prompt_wordings
 from sdq_engines.sizes import requested_size
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 __all__ = ["Pipeline", "PipelineOutput"]
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """What one call made."""
-
-    images: list[Image]
-    latents: np.ndarray
-    """FP32 [images, C, h, w], as the sampler ended, before the decoder."""
-    seeds: list[int]
-    """Of each image; each can be made again alone by its own."""
-    loops: list[LoopTime] = field(default_factory=list, repr=False)
-    """Where the time of each batch's loop went."""
-
-
-_logger = logging.getLogger(__name__)
 
 Begin = Callable[[Sequence[ImageRequest], Sequence[NoiseStream]], Beginning]
 """Where the run of one batch begins."""
@@ -116,11 +96,7 @@ class Pipeline:
     @classmethod
     def from_package(cls, package: Package, engine: str = AUTO, **options: Any) -> Pipeline:
         """Load an engine of a package that has been checked."""
-        if engine == AUTO:
-            return cls(package, _load_fastest(package, options))
-        chosen, entry = backend(engine), package.engine(engine)
-        check_load_options(chosen, options)
-        return cls(package, chosen.load(package, entry, options))
+        return cls(package, open_engine(package, engine, options))
 
     @property
     def engine(self) -> str:
@@ -223,7 +199,7 @@ class Pipeline:
             chosen = [requests[i] for i in batch]
             self._condition(texts, chosen, guidance, told)
             made, spent = self._denoise(chosen, batch, guidance, texts, begin, callback)
-            images += self._decode(made)
+            images += as_images(self.decode(made), self.engine)
             latents.append(made)
             loops.append(spent)
         return PipelineOutput(images, np.concatenate(latents), [request.seed for request in requests], loops)
@@ -296,46 +272,6 @@ class Pipeline:
 
         return begin
 
-    def _decode(self, latents: np.ndarray) -> list[Image]:
-        from PIL import Image as images
-
-        pixels = self.decode(latents)
-        if not np.isfinite(pixels).all():
-            _logger.warning(
-                "The %s engine made pixels that are no numbers; such an image is not to be used.", self.engine
-            )
-            pixels = np.nan_to_num(pixels, nan=0.0, posinf=1.0, neginf=0.0)
-        # As diffusers: [0, 1] to 8 bits by rounding, channels last.
-        bytes_ = (pixels.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
-        return [images.fromarray(image) for image in bytes_]
-
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images of latents [batch, C, h, w], FP32 [batch, 3, height, width] in [0, 1]."""
         return self.session.component(VAE_DECODER).run({"latents": latents})["images"].astype(np.float32)
-
-
-def _load_fastest(package: Package, options: dict[str, Any]) -> Session:
-    """The first of the package's engines, in the order of `auto`, that works and fits this machine."""
-    candidates = list(package.manifest.engines)
-    if not candidates:
-        raise SdqError(
-            f"The package at {package.folder} has no engine.",
-            f"Build one: sdq-deploy build {package.folder} --engine auto",
-        )
-    reasons = []
-    while candidates:
-        name, seen = fastest(candidates)
-        reasons += [f"{engine}: {found.reason}" for engine, found in seen.items() if not found.works]
-        if name is None:
-            break
-        chosen = backend(name)
-        check_load_options(chosen, options)
-        try:
-            return chosen.load(package, package.engine(name), options)
-        except SdqError as error:  # built for another version or device: the next one may fit
-            reasons.append(f"{name}: {error.message}")
-            candidates = [other for other in candidates if other not in seen]
-    raise SdqError(
-        f"No engine of the package at {package.folder} works here: " + "; ".join(reasons),
-        f"Build one that does: sdq-deploy build {package.folder} --engine auto",
-    )
