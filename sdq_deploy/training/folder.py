@@ -46,9 +46,9 @@ class RunFolder:
             status = json.loads(self.status_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise SdqError(f"{self.status_file} cannot be read: {error}.", hint) from error
-        if not isinstance(status, dict) or not {"status", "settings", "stages"} <= status.keys():
+        if not isinstance(status, dict) or "status" not in status:
             raise SdqError(f"{self.status_file} is not what a training writes.", hint)
-        return status
+        return {"settings": {}, "stages": {}, **status}
 
     def read_identity(self) -> str | None:
         """Hash of the model that the user named, as recorded."""
