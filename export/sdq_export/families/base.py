@@ -108,7 +108,7 @@ class Family(ABC):
 
     @property
     def extra_channels(self) -> int:
-        """How many channels the denoiser takes beside the latents; 0 for text to image (`Network.extra_channels`)."""
+        """Channels that the denoiser takes beside the latents; 0 for text to image (`Network.extra_channels`)."""
         return self.network.extra_channels(self.checkpoint.skeleton)
 
     @property
