@@ -113,12 +113,12 @@ class Family(ABC):
 
     @property
     def latent_multiple(self) -> int:
-        """What height and width of the latents must be multiples of, where they are free (`Network.latent_multiple`)."""
+        """What the latents' height and width must be multiples of, where they are free."""
         return self.network.latent_multiple(self.checkpoint.skeleton)
 
     @property
     def latent_limit(self) -> int | None:
-        """The most that they may be, where they are free; None for no limit (`Network.latent_limit`)."""
+        """The most that they may be, where they are free; None for no limit."""
         return self.network.latent_limit(self.checkpoint.skeleton)
 
     @property
