@@ -55,7 +55,7 @@ def shown(page: Path, in_blocks: bool = True) -> Iterator[tuple[str, str]]:
         if language in ("", "sh", "bash", "console"):
             for line in text.replace("\\\n", " ").splitlines():
                 if found := _COMMAND.match(line):
-                    yield found[1], re.sub(r"\s#\s.*$", "", found[2])
+                    yield found[1], re.sub(r"\s#\s.*$", "", found[2]).strip()
     for inline in _INLINE.findall(_FENCE.sub("", page.read_text("utf-8"))):
         yield "sdq-deploy", inline.removeprefix("sdq-deploy ")
 
