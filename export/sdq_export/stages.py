@@ -140,18 +140,20 @@ class ExportJob:
         reference, files = self._denoiser_files(inputs)
         give_back_memory()
         reference.to(self.device)
-        counted = self._counted("parity, the reference")
+        steps = len(self.gate.steps)
+        counted = self._counted("parity, the reference", 2 * steps if quantized else steps)
         expected = reference_outputs(reference, inputs, quantized, counted)
         sites: list[Criterion] = []
         if self.checkpoint is not None:
-            sites = check_sites(inputs, files, reference, self.checkpoint, self._counted("parity, sites"))
+            counted = self._counted("parity, sites", len(self.gate.site_steps))
+            sites = check_sites(inputs, files, reference, self.checkpoint, counted)
         elsewhere = other.answer(reference, middle) if other is not None else None
         del reference
         self._release(self.source.family.denoiser)
-        counted = self._counted("parity, float graph")
+        counted = self._counted("parity, float graph", steps)
         found = [check_float_graph(inputs, files, expected.floating, quantized, counted), *sites]
         if quantized:
-            counted = self._counted("parity, quantized graph")
+            counted = self._counted("parity, quantized graph", steps)
             found.append(check_quantized_graph(inputs, files, expected.quantized, counted))
         if other is not None and elsewhere is not None:
             self.on_stage("parity, another size", 0, 0)
@@ -174,9 +176,9 @@ class ExportJob:
         files = DenoiserFiles(self._written(DENOISER, graphs.denoiser), self._written(PROLOGUE, graphs.prologue))
         return reference, files
 
-    def _counted(self, name: str) -> Callable[[int, int], None]:
+    def _counted(self, name: str, total: int) -> Callable[[int, int], None]:
         """A stage that is counted; it begins now."""
-        self.on_stage(name, 0, len(self.gate.steps))
+        self.on_stage(name, 0, total)
         return lambda done, total: self.on_stage(name, done, total)
 
     def _written(self, component: str, graph: ir.Model) -> GraphFile:

@@ -48,7 +48,8 @@ def demo(
     """
     require_extra("train", "torch", "diffusers", "modelopt", "torchmetrics", "jinja2")
     from sdq_deploy.demo.report import engine_table, variant_table, write_report
-    from sdq_deploy.demo.run import DemoSettings, run_demo
+    from sdq_deploy.demo.run import run_demo
+    from sdq_deploy.demo.state import DemoSettings
     from sdq_deploy.recipes.load import load_recipe, parse_assignments
     from sdq_engines.build import choose_engine
 

@@ -30,7 +30,7 @@ from sdq_export.provenance import tool_versions
 from sdq_export.sampler import SamplerPlan
 from sdq_export.source import Source, load_source
 
-__all__ = ["DemoSettings", "run_demo"]
+__all__ = ["run_demo"]
 
 _TOOLS = ("torch", "diffusers", "nvidia-modelopt", "onnxruntime", "openvino", "tensorrt-rtx")
 

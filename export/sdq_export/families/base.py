@@ -108,17 +108,17 @@ class Family(ABC):
 
     @property
     def extra_channels(self) -> int:
-        """As of `Network`."""
+        """Channels that the denoiser takes beside the latents; 0 for text to image (`Network.extra_channels`)."""
         return self.network.extra_channels(self.checkpoint.skeleton)
 
     @property
     def latent_multiple(self) -> int:
-        """As of `Network`."""
+        """What the latents' height and width must be multiples of, where they are free."""
         return self.network.latent_multiple(self.checkpoint.skeleton)
 
     @property
     def latent_limit(self) -> int | None:
-        """As of `Network`."""
+        """The most that they may be, where they are free; None for no limit."""
         return self.network.latent_limit(self.checkpoint.skeleton)
 
     @property
