@@ -88,6 +88,7 @@ def measured(command: list[str], watched: Path | None = None) -> Measured:
     after = os.times()
     found.cpu_seconds = after.children_user + after.children_system - before.children_user - before.children_system
     if code:
+        _print(command[0], found)
         raise SystemExit(code)
     return found
 
@@ -164,13 +165,8 @@ def road(folder: Path, arguments: argparse.Namespace) -> dict[str, Measured]:
 
 def report(folder: Path, arguments: argparse.Namespace, found: dict[str, Measured]) -> None:
     """Print the table, and write it as JSON beside the packages."""
-    print(f"\n{'':44} {'seconds':>8} {'CPU s':>8} {'peak GB':>8} {'own GB':>8}")
     for name, each in found.items():
-        peak = each.peak
-        print(f"{name:44} {each.seconds:8.1f} {each.cpu_seconds:8.1f} {_gb(peak.resident)} {_gb(peak.own)}")
-        for stage, seconds in each.stages.items() if len(each.stages) > 1 else ():
-            peak = each.stage_peaks[stage]
-            print(f"  {stage:42} {seconds:8.1f} {'':8} {_gb(peak.resident)} {_gb(peak.own)}")
+        _print(name, each)
     name = f"{arguments.family}-{arguments.width:g}-{arguments.precision}"
     manifest = open_package(folder / name, verify="cached").manifest
     entry = manifest.engines[next(iter(manifest.engines))]
@@ -180,6 +176,15 @@ def report(folder: Path, arguments: argparse.Namespace, found: dict[str, Measure
     content: dict[str, Any] = {key: asdict(value) for key, value in found.items()}
     content |= {"machine": machine(), "parity": manifest.fidelity["parity"]}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _print(name: str, found: Measured) -> None:
+    print(f"\n{'':44} {'seconds':>8} {'CPU s':>8} {'peak GB':>8} {'own GB':>8}")
+    peak = found.peak
+    print(f"{name:44} {found.seconds:8.1f} {found.cpu_seconds:8.1f} {_gb(peak.resident)} {_gb(peak.own)}")
+    for stage, seconds in found.stages.items() if len(found.stages) > 1 else ():
+        peak = found.stage_peaks[stage]
+        print(f"  {stage:42} {seconds:8.1f} {'':8} {_gb(peak.resident)} {_gb(peak.own)}")
 
 
 def machine() -> str:
