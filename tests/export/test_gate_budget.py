@@ -11,6 +11,7 @@ import torch
 
 from sdq_engines.build import build_engine
 from sdq_engines.errors import SdqError
+from sdq_engines.guidance import Guidance
 from sdq_export.engines import check_built_engine
 from sdq_export.parity.budget import choose_gate
 from sdq_export.parity.distances import compare_distances
@@ -99,7 +100,7 @@ def test_the_teacher_is_called_at_the_gates_steps_alone(source: Source, monkeypa
 
     monkeypatch.setattr(StepDenoiser, "forward", counted)
     conditioning = source.family.encode_prompts(parity_prompts(("a red circle",), gate.samples))
-    samples = record_teacher(source, plan, GUIDANCE, conditioning, gate)
+    samples = record_teacher(source, plan, Guidance.classifier_free(GUIDANCE), conditioning, gate)
     assert calls == list(gate.steps) == [0, 6, 11]
     for step in gate.steps:  # as the scheduler scales its inputs: of about unit size at every noise level
         assert 0.3 < float(samples.model_inputs[step].std()) < 30

@@ -91,7 +91,7 @@ def test_a_textual_inversion_of_several_vectors_is_written_out(
     info = first.info()
     assert info.written_out == ({} if kind == "sd3" else {"<dog>": "<dog> <dog>_1 <dog>_2 <dog>_3"})
     file = tmp_path / "tokenizer.json"
-    file.write_text(tokenizer_json(tokenizer, first.length(source)), "utf-8")
+    file.write_text(tokenizer_json(tokenizer, first.length), "utf-8")
     packaged = PromptTokenizer(load_tokenizer(file), TextInfo.model_validate_json(info.model_dump_json()))
     prompts = ["a <dog> circle", "<dog>", "<DOG> red", "<one> <dog> <dog>", "<dog>_1 red", "a<dog>b", "a red circle"]
     written = [p if kind == "sd3" else pipeline.maybe_convert_prompt(p, tokenizer) for p in prompts]

@@ -110,4 +110,4 @@ def test_the_empty_prompt_of_sdxl_is_zeros(tiny: Callable[[str], Path], tmp_path
     assert float(data.empty.tensors["text_embeddings"].abs().max()) == 0
     assert float(data.empty.tensors["pooled_embeddings"].abs().max()) == 0
     assert data.empty.tensors["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
-    assert 0 < RunFolder(out).read_status()["stages"]["precompute"]["measured"]["error"] < 1e-5
+    assert 0 <= RunFolder(out).read_status()["stages"]["precompute"]["measured"]["error"] < 1e-5
