@@ -72,6 +72,7 @@ def test_two_processes_make_what_one_makes(checkpoint: Path, tmp_path: Path) -> 
     assert (outs[0] / "per-image.csv").read_text() == (outs[1] / "per-image.csv").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="nodes launched as on Linux")
 def test_two_launched_nodes_make_what_one_process_makes(checkpoint: Path, tmp_path: Path) -> None:
     """Each a part of the images, from whatever was there before; one of them scores and prints."""
