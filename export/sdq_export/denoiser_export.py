@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Collection, Hashable, Iterator
 
@@ -17,6 +16,7 @@ from sdq_export.reference import Reference, build_reference
 from sdq_export.rounding import as_numpy
 from sdq_export.sampler.plan import SamplerPlan
 from sdq_export.sizes import HEIGHT, WIDTH
+from sdq_export.skeleton import copy_module
 from sdq_export.smoothing import divide_inputs_, smoothed_sites
 from sdq_export.source import Source
 from sdq_export.storage import Dtype, round_weights_
@@ -72,7 +72,7 @@ def make_denoiser(
     def capture_it() -> ir.Model:
         model = skeleton
         if checkpoint is not None and smoothed:
-            model = divide_inputs_(copy.deepcopy(skeleton), checkpoint.spec, checkpoint.tensors)
+            model = divide_inputs_(copy_module(skeleton), checkpoint.spec, checkpoint.tensors)
         return network.capture(model, shape, tokens, multiple)
 
     captured = capture_once((_architecture(source), tokens, smoothed, multiple), capture_it)

@@ -12,13 +12,11 @@ activation scales, its own INT8 kernel.
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from sdq_engines.errors import SdqError
+from sdq_export.skeleton import copy_module, is_hollow_tensor
 
 __all__ = ["SplitShortcut", "split_shortcuts"]
 
@@ -58,7 +56,7 @@ def split_shortcuts(unet: nn.Module) -> nn.Module:
             f"split_shortcuts is for UNets; a {type(unet).__name__} has no shortcuts.",
             "Leave it out: --set quantization.split_shortcuts=false",
         )
-    result: Any = copy.deepcopy(unet)
+    result = copy_module(unet)
     channels = int(result.mid_block.resnets[-1].out_channels)
     for up_block in result.up_blocks:
         for block in up_block.resnets:
@@ -69,7 +67,9 @@ def split_shortcuts(unet: nn.Module) -> nn.Module:
 
 
 def _part(whole: nn.Conv2d, channels: slice) -> nn.Conv2d:
-    part = copy.deepcopy(whole)
-    part.weight = nn.Parameter(whole.weight[:, channels].clone(), requires_grad=whole.weight.requires_grad)
+    part = copy_module(whole)
+    weight = whole.weight[:, channels]
+    weight = weight if is_hollow_tensor(weight) else weight.clone()
+    part.weight = nn.Parameter(weight, requires_grad=whole.weight.requires_grad)
     part.in_channels = part.weight.shape[1]
     return part

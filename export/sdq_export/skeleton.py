@@ -7,7 +7,8 @@ put the values in, one layer after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-__all__ = ["is_hollow", "load_skeleton"]
+__all__ = ["copy_module", "is_hollow", "is_hollow_tensor", "load_skeleton"]
 
 _LARGE = 1 << 16
 """Elements; smaller parameters have memory of their own."""
@@ -40,7 +41,22 @@ def load_skeleton(kind: Any, folder: Path) -> Any:
 
 def is_hollow(array: NDArray[Any]) -> bool:
     """Whether a graph's constant is still the skeleton's: one number seen in a large shape."""
-    return array.size > 1 and not any(array.strides)
+    return array.size > 1 and not _moves(array.shape, array.strides)
+
+
+def is_hollow_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is still the skeleton's."""
+    return tensor.numel() > 1 and not _moves(tensor.shape, tensor.stride())
+
+
+def _moves(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether another index is another place in memory; an axis of length one has any stride."""
+    return any(stride for length, stride in zip(shape, strides, strict=True) if length > 1)
+
+
+def copy_module(module: nn.Module) -> Any:
+    """A deep copy. Hollow parameters are shared: copied, each would have the memory of its shape (SDXL's: 10 GB)."""
+    return copy.deepcopy(module, {id(each): each for each in module.parameters() if is_hollow_tensor(each)})
 
 
 @contextmanager
