@@ -19,10 +19,23 @@ from sdq_engines.package.store import open_package
 pytestmark = pytest.mark.slow
 
 
+#: Of the recipe, fewer of everything that takes time.
+FEWER = {
+    "sampling.num_inference_steps": "8",
+    "collect.num_prompts": "16",
+    "collect.validation_prompts": "8",
+    "calibrate.samples_per_step": "8",
+    "calibrate.search_points": "20",
+    "calibrate.smoothing": "[0.5]",
+    "sensitivity.samples": "2",
+}
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo"
-    small = ["--images", "16", "--max-train-steps", "8", "--set", "collect.num_prompts=32"]
+    small = ["--images", "16", "--max-train-steps", "8"]
+    small += [word for key, value in FEWER.items() for word in ("--set", f"{key}={value}")]
     with pytest.raises(SystemExit) as exit_:
         main.run(["demo", "--out", str(out), *small])
     assert exit_.value.code == 0
@@ -44,10 +57,13 @@ def test_everything_promised_is_there(demo: Path) -> None:
 
 
 def test_both_packages_are_faithful(report: DemoReport) -> None:
-    """Eight training steps: about what the initialization gives. A few images tip over whole, which the mean shows."""
+    """Eight training steps: about what the initialization gives. A few images tip over whole, which the mean shows.
+
+    The bound of W8A8 leaves room for two of the sixteen: it is calibrated on a tenth of what the recipe takes.
+    """
     rows = {row.name: row for row in report.variants}
     assert rows["W8A8 trained"].psnr_mean is not None
-    assert rows["W8A8 trained"].psnr_mean > 38
+    assert rows["W8A8 trained"].psnr_mean > 36
     assert rows["W4A8 trained"].psnr_mean is not None
     assert rows["W4A8 trained"].psnr_mean > 27
     assert rows["FP"].caption_accuracy >= 0.85
