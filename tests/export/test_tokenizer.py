@@ -97,4 +97,4 @@ def test_a_textual_inversion_of_several_vectors_is_written_out(
     written = [p if kind == "sd3" else pipeline.maybe_convert_prompt(p, tokenizer) for p in prompts]
     wanted = tokenizer(written, padding="max_length", max_length=16, truncation=True).input_ids
     assert [packaged.encode(prompt).ids[0].tolist() for prompt in prompts] == wanted
-    assert first.token_ids(source, prompts).tolist() == wanted
+    assert first.token_ids(prompts).tolist() == wanted
