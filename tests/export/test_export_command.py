@@ -68,6 +68,7 @@ def test_a_model_becomes_a_package_with_an_engine(
         assert figures["says"] in shown
 
 
+@pytest.mark.export
 def test_a_run_becomes_a_quantized_package(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "package"
     exported([str(run_folder), "--out", str(out), "--text-encoder", "int8"])
