@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ FEWER = {
 }
 
 
-def fewer_options() -> list[str]:
-    """`FEWER` as options of `train`."""
-    return [word for key, value in FEWER.items() for word in ("--set", f"{key}={value}")]
+def fewer_options(values: Mapping[str, object] = FEWER) -> list[str]:
+    """Recipe values as options of `train` and `demo`."""
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 
 
 def run(*arguments: str | Path) -> None:

@@ -21,6 +21,7 @@ from sdq_engines.files import atomic_write_json, atomic_write_text, sha256_file
 from sdq_engines.places import cache_folder
 from sdq_export.families import Family
 from sdq_export.file_parts import load_part
+from sdq_export.hub import unavailable
 from sdq_export.published import write_configuration
 from sdq_export.single_file import FromFile, Header, read_header
 from sdq_export.source import Source
@@ -161,11 +162,8 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[f"*/{each}" for each in _CONFIGURATION] + ["*.json"]))
     except Exception as error:  # The hub client raises a dozen types for "not there" and "no network" alike.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SdqError(
-            f"The configuration {name} is neither a local folder nor to be had from the hub: {reason}",
-            "Check the name, or download it elsewhere and give the folder: --config FOLDER",
-        ) from error
+        hint = "Check the name, or download it elsewhere and give the folder: --config FOLDER"
+        raise unavailable(f"The configuration {name}", error, hint) from error
 
 
 def _infer(header: Header, folder: Path, given: Path | None) -> None:

@@ -72,7 +72,7 @@ class GuidedDenoiser:
         denoiser: takes (latents, steps, conditioning), e.g. a StepDenoiser.
         guidance: says whether the negative prompt is run.
         conditioning: of B prompts.
-        negative: of B prompts or of one for all; not read where the guidance has no row for it.
+        negative: of B prompts or of one for all; None only where the guidance has no row for it.
         extra: [B, 1 + C, h, w], mask and masked image of an inpainting denoiser.
         on_outputs: hears every row's output, before they are combined.
     """
@@ -82,7 +82,7 @@ class GuidedDenoiser:
         denoiser: Any,
         guidance: Guidance,
         conditioning: Conditioning,
-        negative: Conditioning,
+        negative: Conditioning | None,
         *,
         extra: Tensor | None = None,
         on_outputs: Callable[[ModelOutputs], object] | None = None,
@@ -90,7 +90,11 @@ class GuidedDenoiser:
         self.denoiser, self.guidance, self.on_outputs = denoiser, guidance, on_outputs
         self.device = _device(denoiser)
         self.conditioning = conditioning.to(self.device)
-        self.negative = negative.to(self.device) if "negative" in guidance.texts else None
+        self.negative = None
+        if "negative" in guidance.texts:
+            if negative is None:
+                raise ValueError(f"{guidance} reads a negative prompt, and there is none")
+            self.negative = negative.to(self.device)
         self.extra = None if extra is None else extra.to(self.device)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from sdq_engines.errors import SdqError
 from sdq_export.configs import read_json
 from sdq_export.families import family_of_checkpoint, parts_named
 
-__all__ = ["fetch_checkpoint"]
+__all__ = ["fetch_checkpoint", "unavailable"]
 
 _ABOUT = ["model_index.json", "LICENSE*", "NOTICE*", "README.md", "scheduler/*.json"]
 _PART = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -41,8 +41,12 @@ def fetch_checkpoint(model: str, revision: str | None) -> Path:
     except SdqError:
         raise
     except Exception as error:  # The hub client raises a dozen types for "not there" and "no network" alike.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SdqError(
-            f"The model {model} is neither a local folder nor to be had from the hub: {reason}",
-            "Check the name, or download it elsewhere and give the folder.",
+        raise unavailable(
+            f"The model {model}", error, "Check the name, or download it elsewhere and give the folder."
         ) from error
+
+
+def unavailable(what: str, error: Exception, hint: str) -> SdqError:
+    """What the hub client could not get, with the first line of its reason."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return SdqError(f"{what} is neither a local folder nor to be had from the hub: {reason}", hint)

@@ -48,7 +48,8 @@ def sample_latents(
     family = source.family
     shape = family.latent_shape
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    guided = GuidedDenoiser(denoiser, guidance, family.encode_prompts(list(prompts)), family.encode_prompts([None]))
+    negative = family.encode_prompts([None]) if "negative" in guidance.texts else None
+    guided = GuidedDenoiser(denoiser, guidance, family.encode_prompts(list(prompts)), negative)
     return run_sampler(plan, guided, noise, generator=generators, on_latents=on_latents)
 
 

@@ -15,6 +15,7 @@ from sdq_deploy.evaluation.metrics import compare_images
 from sdq_deploy.shapes64 import held_out_pairs
 from sdq_engines import Pipeline
 from sdq_engines.package.store import open_package
+from tests.commands import fewer_options
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ FEWER = {
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "demo"
     small = ["--images", "16", "--max-train-steps", "8"]
-    small += [word for key, value in FEWER.items() for word in ("--set", f"{key}={value}")]
+    small += fewer_options(FEWER)
     with pytest.raises(SystemExit) as exit_:
         main.run(["demo", "--out", str(out), *small])
     assert exit_.value.code == 0

@@ -55,3 +55,10 @@ def test_negative_prompts_of_each_image_and_extra_channels() -> None:
     found = guided(torch.zeros(2, 4, 8, 8), 0)
     # negative + 2 (prompt - negative), and the extra channels in both
     assert found[:, 0, 0, 0].tolist() == [-1 + 2 * 2 + 10, -2 + 2 * 4 + 10]
+
+
+def test_a_negative_prompt_that_is_read_must_be_there() -> None:
+    guided = GuidedDenoiser(Rows(), Guidance.classifier_free(1.0), PROMPTS, None)
+    torch.testing.assert_close(guided(torch.zeros(2, 4, 8, 8), 0)[:, 0, 0, 0], torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match="reads a negative prompt"):
+        GuidedDenoiser(Rows(), Guidance.classifier_free(2.0), PROMPTS, None)
